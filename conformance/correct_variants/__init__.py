@@ -1,0 +1,40 @@
+"""Other right ways to compute the same thing. The suite must pass every one of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+AREAS = ("attention", "rotary")
+
+
+@dataclass(frozen=True)
+class CorrectVariant:
+    """A correct implementation of one contract that is not the reference."""
+
+    id: str
+    contract: str
+    summary: str
+    make: Callable[[], object]
+    """Makes an object that has the contract's method."""
+
+
+VARIANTS: dict[str, CorrectVariant] = {}
+
+
+def correct_variant(id: str, *, contract: str) -> Callable[[type], type]:
+    """Register the decorated class, whose docstring says how it differs, as a correct variant."""
+
+    def register(variant: type) -> type:
+        VARIANTS[id] = CorrectVariant(id, contract, " ".join(variant.__doc__.split()), variant)
+        return variant
+
+    return register
+
+
+def all_correct_variants() -> dict[str, CorrectVariant]:
+    """Every correct variant by id."""
+    for area in AREAS:
+        importlib.import_module(f"conformance.correct_variants.{area}")
+    return dict(VARIANTS)

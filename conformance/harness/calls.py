@@ -1,0 +1,77 @@
+"""A call of a contract's method, written as the Python lines that build its arguments.
+
+The lines that a failure prints to reproduce itself are the very lines that were executed: they use
+torch and a seeded generator, and nothing of this package.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """``contract(*arguments, **options)`` over names that ``lines`` define."""
+
+    contract: str
+    lines: tuple[str, ...]
+    arguments: tuple[str, ...]
+    options: tuple[tuple[str, str], ...] = ()
+    dtype: torch.dtype = torch.float32
+    case: object = None
+
+    def then(self, *lines: str, **options: str) -> Call:
+        """The same call after further lines, with options (as source text) added or replaced."""
+        merged = {**dict(self.options), **options}
+        return replace(self, lines=self.lines + lines, options=tuple(merged.items()))
+
+    def without(self, *names: str) -> Call:
+        """The same call without some of its options."""
+        return replace(self, options=tuple(pair for pair in self.options if pair[0] not in names))
+
+    def named(self, name: str) -> Any:
+        """A value that the lines define."""
+        return _execute(self.lines)[name]
+
+    def values(self) -> tuple[list[Any], dict[str, Any]]:
+        """Positional arguments and options. The tensors are shared: nobody may change them."""
+        namespace = _execute(self.lines)
+        return (
+            [eval(source, namespace) for source in self.arguments],
+            {name: eval(source, namespace) for name, source in self.options},
+        )
+
+    def source(self) -> str:
+        """The call itself as source text."""
+        options = [f"{name}={source}" for name, source in self.options]
+        return f"{self.contract}({', '.join((*self.arguments, *options))})"
+
+
+@functools.lru_cache(maxsize=256)
+def _execute(lines: tuple[str, ...]) -> dict[str, Any]:
+    namespace: dict[str, Any] = {"torch": torch}
+    exec(compile("\n".join(lines), "<reproduction>", "exec"), namespace)
+    return namespace
+
+
+def in_float64(values: Any) -> Any:
+    """The same arguments with every floating tensor in float64 on the CPU."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return values.to(torch.float64) if values.is_floating_point() else values
+    if isinstance(values, (list, tuple)):
+        return type(values)(in_float64(value) for value in values)
+    if isinstance(values, Mapping):
+        return {name: in_float64(value) for name, value in values.items()}
+    return values
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,41 @@
+"""A bound on the time of one requirement, so that a hanging implementation cannot hang the run."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import threading
+from contextlib import contextmanager
+
+from conformance.harness.failures import TimedOut
+
+DEFAULT_SECONDS = 120.0
+
+HARD_FACTOR = 3
+"""A call that never returns to Python ends the process after this many times the deadline."""
+
+
+@contextmanager
+def deadline(seconds: float):
+    """Raise :class:`TimedOut` in the body after ``seconds``.
+
+    Works in the main thread of a POSIX system, where signals arrive; elsewhere there is no bound.
+    Code that does not return to the interpreter cannot be interrupted: then the process prints the
+    stack of every thread and exits, and the report has no footer.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum, frame):
+        raise TimedOut(f"not finished after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(seconds * HARD_FACTOR, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

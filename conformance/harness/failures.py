@@ -1,0 +1,69 @@
+"""The ways in which a requirement ends other than by passing."""
+
+from __future__ import annotations
+
+import unittest
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from conformance.harness.calls import Call
+    from conformance.harness.requirement import Requirement
+
+
+class ConformanceFailure(AssertionError):
+    """The implementation breaks the rule that is being checked.
+
+    ``kind`` is one of a few stable phrases (``wrong values``, ``non-finite``, ``wrong shape`` …) that
+    a ledger entry can name; ``summary`` is one line; ``details`` are further lines; ``call`` is the
+    :class:`~conformance.harness.calls.Call` that failed; ``shown_by`` is the line of Python that
+    shows the fault after that call, which leaves its result in ``out`` (and ``lse``).
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        summary: str,
+        *,
+        details: tuple[str, ...] = (),
+        call: Call | None = None,
+        lane: str = "exact",
+        shown_by: str = "print(out)",
+    ) -> None:
+        super().__init__(summary)
+        self.kind = kind
+        self.summary = summary
+        self.details = details
+        self.call = call
+        self.lane = lane
+        self.shown_by = shown_by
+        self.requirement: Requirement | None = None
+        self.import_lines: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The whole message: rule, case, what was found, and lines that reproduce it."""
+        from conformance.harness.messages import failure_message
+
+        return failure_message(self)
+
+
+class TimedOut(BaseException):
+    """The deadline of a requirement passed.
+
+    Not an Exception: neither an adapter's ``except Exception`` nor Hypothesis's shrinking keeps it.
+    """
+
+
+class Declined(unittest.SkipTest):
+    """The implementation does not take on this case, or any case of a requirement."""
+
+
+class Inconclusive(unittest.SkipTest):
+    """The requirement ran, but no case could have told right from wrong."""
+
+
+class NotRun(unittest.SkipTest):
+    """The requirement needs hardware or memory that this machine lacks."""
+
+
+class HarnessError(RuntimeError):
+    """The suite itself is broken; nothing is said about the implementation."""

@@ -1,0 +1,37 @@
+"""What a failure says: rule, case, what was found, and ten lines that reproduce it alone."""
+
+from __future__ import annotations
+
+from conformance.harness.calls import dtype_name
+from conformance.harness.failures import ConformanceFailure
+
+
+def failure_message(failure: ConformanceFailure) -> str:
+    """The whole text of a failure."""
+    lines = []
+    if failure.requirement is not None:
+        record = failure.requirement
+        lines += [f"{record.slug} ({record.level}): {failure.kind}", ""]
+        lines += [f"rule    {record.rule}", f"source  {record.source}"]
+    lines += [f"found   {failure.summary}"]
+    if failure.call is not None:
+        lines += [f"case    {failure.call.case!r}"]
+        lines += [f"lane    {failure.lane}, in {dtype_name(failure.call.dtype)}"]
+    lines += [f"        {detail}" for detail in failure.details]
+    if failure.call is not None:
+        lines += ["", "reproduce"]
+        lines += [f"    {line}" for line in reproduction(failure)]
+    return "\n".join(lines)
+
+
+def reproduction(failure: ConformanceFailure) -> list[str]:
+    """Lines of Python that make the failing call, and show the fault, without this suite."""
+    call = failure.call
+    result = "out, lse" if dict(call.options).get("return_lse") == "True" else "out"
+    return [
+        "import torch",
+        *failure.import_lines,
+        *call.lines,
+        f"{result} = {call.source()}",
+        failure.shown_by,
+    ]

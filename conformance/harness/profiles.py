@@ -1,0 +1,64 @@
+"""Hypothesis settings of the suite: ``gate`` (default), ``explore``, ``nightly`` and ``smoke``.
+
+They apply to requirements alone, and leave the settings of other tests in the same run as they are.
+Any other profile that is asked for by name (``--hypothesis-profile``) is used as it is.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+from hypothesis import HealthCheck, Phase, settings
+
+_COMMON = {
+    "deadline": None,  # requirements have a deadline of their own; first calls compile
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    "report_multiple_bugs": False,
+}
+
+PROFILES = {
+    "gate": settings(max_examples=12, derandomize=True, database=None, **_COMMON),
+    "smoke": settings(max_examples=2, derandomize=True, database=None, **_COMMON),
+    "explore": settings(max_examples=100, **_COMMON),
+    "nightly": settings(max_examples=500, print_blob=True, **_COMMON),
+}
+
+# A failure is found as with the gate, and not made smaller: for planted bugs and known failures.
+_WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
+
+_active = PROFILES["gate"]
+
+
+def register() -> None:
+    """Make the profiles known to Hypothesis by name, for ``--hypothesis-profile``."""
+    for name, profile in PROFILES.items():
+        settings.register_profile(name, profile)
+
+
+def activate(name: str, *, seed: object = None) -> None:
+    """Use a profile for every requirement from now on; a seed makes it random but repeatable."""
+    global _active
+    _active = settings.get_profile(name)
+    if seed is not None:
+        _active = settings(_active, derandomize=False, database=None)
+
+
+def active() -> settings:
+    """The settings that requirements run with."""
+    return _active
+
+
+@contextmanager
+def temporarily(profile: settings):
+    """Use other settings for a while."""
+    global _active
+    before, _active = _active, profile
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def without_shrinking(profile: settings) -> settings:
+    """The same settings, stopping at the first failing case."""
+    return settings(profile, phases=_WITHOUT_SHRINKING)

@@ -1,0 +1,200 @@
+"""The ``requirement`` decorator: a rule with a stable slug, and one test that checks it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from conformance.contracts import CONTRACTS
+from conformance.harness import profiles
+from conformance.harness.deadline import DEFAULT_SECONDS, deadline
+from conformance.harness.failures import (
+    ConformanceFailure,
+    Declined,
+    HarnessError,
+    Inconclusive,
+    TimedOut,
+)
+from conformance.harness.subject import Subject
+
+Level = Literal["core", "extended"]
+
+_SLUG = re.compile(r"[a-z_]+(\.[a-z0-9-]+)+")
+
+
+@dataclass
+class Tally:
+    """What one run of a requirement did."""
+
+    drawn: int = 0
+    executed: int = 0
+    declined: Counter[str] = field(default_factory=Counter)
+    inconclusive: Counter[str] = field(default_factory=Counter)
+    telling: int = 0
+    """Executed cases in which no two axes that a bug could confuse have the same size."""
+    confusable: Counter[str] = field(default_factory=Counter)
+    comparisons: Counter[str] = field(default_factory=Counter)
+    """Comparisons by lane."""
+    closest: float = 0.0
+    """The largest error statistic seen, as a share of its limit."""
+
+
+_tally: ContextVar[Tally | None] = ContextVar("tally", default=None)
+
+
+def current_tally() -> Tally:
+    """The tally of the running requirement; a throw-away one outside."""
+    return _tally.get() or Tally()
+
+
+@dataclass
+class Requirement:
+    """One rule of a contract and the test that checks it."""
+
+    slug: str
+    contract: str
+    level: Level
+    rule: str
+    source: str
+    smoke: bool
+    gpu: bool
+    test: Callable
+    confusable_by_design: frozenset[str]
+    last_tally: Tally = field(default_factory=Tally)
+
+    def check(self, method: Callable, *, seconds: float | None = None) -> Tally:
+        """Run the test against ``method`` (bound, or a :class:`Subject`), outside or inside pytest.
+
+        Raises :class:`ConformanceFailure` when the rule is broken, :class:`Declined` when no case
+        was taken on, :class:`Inconclusive` when none could tell, :class:`HarnessError` when the
+        cases that were drawn prove nothing.
+        """
+        self.test(**{self.contract: method, "seconds": seconds})
+        return self.last_tally
+
+    def lint(self, tally: Tally) -> None:
+        """Raise unless the executed cases could have shown the bug that the rule is about."""
+        if tally.executed == 0:
+            if tally.declined:
+                raise Declined("; ".join(tally.declined))
+            if tally.inconclusive:
+                raise Inconclusive("; ".join(tally.inconclusive))
+            raise HarnessError(f"{self.slug} drew no case at all")
+        if tally.telling == 0:
+            seen = ", ".join(sorted(tally.confusable))
+            message = f"every case that ran was degenerate ({seen})"
+            if tally.declined:
+                raise Inconclusive(f"{message}; declined: {'; '.join(tally.declined)}")
+            raise HarnessError(f"{self.slug}: {message}")
+
+
+REGISTRY: dict[str, Requirement] = {}
+
+DEFAULT_DEADLINE = {"seconds": DEFAULT_SECONDS}
+
+
+def requirement(
+    slug: str,
+    *,
+    source: str,
+    level: Level = "core",
+    smoke: bool = False,
+    gpu: bool = False,
+    confusable: set[str] = frozenset(),
+) -> Callable[[Callable], Callable]:
+    """Register the decorated test under ``slug`` (``contract.topic.rule``, stable for ever).
+
+    The test takes the contract's name as its fixture and, through ``hypothesis.given``, a ``case``;
+    its docstring states the rule. ``confusable`` names the coincidences of a case (see
+    ``confusable()`` of the case classes) that belong to the rule and do not make it degenerate.
+    """
+    if not _SLUG.fullmatch(slug) or slug.split(".")[0] not in CONTRACTS:
+        raise HarnessError(f"{slug!r} is not contract.topic.rule")
+
+    def register(test: Callable) -> Callable:
+        if slug in REGISTRY and REGISTRY[slug].test.__wrapped__ is not test:
+            raise HarnessError(f"two requirements are called {slug}")
+        record = Requirement(
+            slug=slug,
+            contract=slug.split(".")[0],
+            level=level,
+            rule=" ".join(inspect.getdoc(test).split()),
+            source=source,
+            smoke=smoke,
+            gpu=gpu,
+            test=test,
+            confusable_by_design=frozenset(confusable),
+        )
+        test.hypothesis.inner_test = _counted(record, test.hypothesis.inner_test)
+
+        @functools.wraps(test)
+        def run(*, seconds: float | None = None, **subjects: Any) -> None:
+            _run(record, test, subjects, seconds or DEFAULT_DEADLINE["seconds"])
+
+        run.requirement = record
+        record.test = run
+        REGISTRY[slug] = record
+        return run
+
+    return register
+
+
+def _run(
+    record: Requirement, test: Callable, subjects: Mapping[str, Any], seconds: float
+) -> None:
+    record.last_tally = tally = Tally()
+    wrapped = {name: Subject.of(name, method) for name, method in subjects.items()}
+    # Hypothesis fixes the settings of a test when it is decorated; ours are chosen for each run.
+    test._hypothesis_internal_use_settings = profiles.active()
+    token = _tally.set(tally)
+    try:
+        with deadline(seconds):
+            test(**wrapped)
+    except ConformanceFailure as failure:
+        failure.requirement = record
+        failure.import_lines = wrapped[record.contract].import_lines
+        raise
+    except TimedOut as error:
+        failure = ConformanceFailure("timed out", f"{record.slug} was {error}")
+        failure.requirement = record
+        raise failure from None
+    finally:
+        _tally.reset(token)
+    record.lint(tally)
+
+
+def _counted(record: Requirement, inner: Callable) -> Callable:
+    """``inner``, with its cases counted and declined cases taken for what they are."""
+
+    @functools.wraps(inner)
+    def body(*args: Any, case: Any, **kwargs: Any) -> None:
+        tally = current_tally()
+        tally.drawn += 1
+        try:
+            inner(*args, case=case, **kwargs)
+        except (Declined, NotImplementedError) as error:
+            tally.declined[str(error) or "NotImplementedError"] += 1
+        except Inconclusive as error:
+            tally.inconclusive[str(error)] += 1
+        else:
+            tally.executed += 1
+            confusable = case.confusable() - record.confusable_by_design
+            tally.confusable.update(confusable)
+            tally.telling += not confusable
+
+    return body
+
+
+def all_requirements() -> dict[str, Requirement]:
+    """Every requirement by slug, in the order of the files; imports the requirement files."""
+    import importlib
+
+    for contract in CONTRACTS:
+        importlib.import_module(f"conformance.test_{contract}")
+    return dict(REGISTRY)

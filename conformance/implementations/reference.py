@@ -1,0 +1,19 @@
+"""The reference implementation as an adapter: every contract, every option."""
+
+from __future__ import annotations
+
+from reference_impl.attention import Attention
+from reference_impl.cached_attention import CachedAttention
+from reference_impl.rotary import Rotary, RotaryModule
+
+
+class Reference(Attention, Rotary):
+    """Offers every contract."""
+
+    def rotary_module(self, head_dim: int, **options) -> RotaryModule:
+        """See :class:`conformance.contracts.RotaryModule`."""
+        return RotaryModule(**options)
+
+    def cached_attention(self, **options) -> CachedAttention:
+        """See :class:`conformance.contracts.CachedAttention`."""
+        return CachedAttention(**options)
