@@ -176,7 +176,9 @@ class CachedAttention(Protocol):
         A token's position is the number of real tokens before it in its row, whatever the cache
         has evicted. Attention is causal; ``rotary`` are the options of :class:`Rotary`, ``window``,
         ``scale`` and ``sinks`` those of :class:`Attention`. With a YaRN ``mscale_all_dim`` the
-        score scale is multiplied by ``(0.1 · mscale_all_dim · ln factor + 1)²`` (DeepSeek).
+        score scale is multiplied by ``(0.1 · mscale_all_dim · ln factor + 1)²`` (DeepSeek). Scaling
+        rules that depend on the length of a call (dynamic, longrope) are not asked for: keys that
+        are in the cache already have been rotated by another table.
         """
 
 
@@ -226,7 +228,10 @@ class Contract:
         variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
         if len(places) < len(self.positional) and not variadic:
             return f"{takes} takes too few positional arguments: expected {self.name}({expected})"
-        named = [*places[len(self.positional) :], *(p for p in parameters if p.kind is p.KEYWORD_ONLY)]
+        named = [
+            *places[len(self.positional) :],
+            *(p for p in parameters if p.kind is p.KEYWORD_ONLY),
+        ]
         options = self.defaults
         unknown = [p.name for p in named if p.default is p.empty and p.name not in options]
         if unknown:

@@ -141,7 +141,8 @@ class Attention:
             total = total + torch.exp(sinks_1H11 - peak)
         empty = total == 0
         weights_BHQK = exponentials / torch.where(empty, 1, total)
-        lse_BHQ = torch.where(empty, -torch.inf, torch.log(total) + peak).squeeze(-1)
+        log_total = torch.log(torch.where(empty, 1, total))
+        lse_BHQ = torch.where(empty, -torch.inf, log_total + peak).squeeze(-1)
         return weights_BHQK, lse_BHQ
 
     def combine(self, weights_BHQK: Tensor, v_BHKE: Tensor) -> Tensor:
@@ -189,13 +190,13 @@ def visible_keys(
     * by default key slot j is at position j, and the last query is at the position of the last key
       (of the last *used* slot where ``key_lengths`` is given), so query i of Q is at
       ``last - Q + 1 + i``;
-    * ``cu_seqlens_q`` and ``cu_seqlens_k`` [documents + 1] apply the same rule in each document, and
-      a query sees keys of its own document only;
+    * ``cu_seqlens_q`` and ``cu_seqlens_k`` [documents + 1] apply the same rule in each document,
+      and a query sees keys of its own document only;
     * ``q_positions`` [B, Q] and ``k_positions`` [B, K] state the positions outright; a negative key
       position marks a slot that holds nothing.
 
-    ``causal`` allows positions up to the query's own. ``window=(left, right)`` allows positions from
-    ``query - left`` to ``query + right``, both included; None on a side leaves it open (the
+    ``causal`` allows positions up to the query's own. ``window=(left, right)`` allows positions
+    from ``query - left`` to ``query + right``, both included; None on a side leaves it open (the
     convention of flash-attention; a "sliding window of W tokens" is ``left = W - 1``).
     """
     if cu_seqlens_q is not None:
@@ -265,10 +266,15 @@ def merge_attention(
     changes nothing, whatever its ``out`` holds. Source: the rescaling step of flash-attention
     (arXiv 2205.14135, algorithm 1).
     """
-    lse = torch.logaddexp(lse_a, lse_b)
-    finite = torch.where(torch.isneginf(lse), 0, lse)
+    peak = torch.maximum(lse_a, lse_b)
+    # As in the softmax: constant for the gradient, finite where neither part saw a key.
+    peak = torch.where(torch.isneginf(peak), 0, peak).detach()
+    share_a, share_b = torch.exp(lse_a - peak), torch.exp(lse_b - peak)
+    total = share_a + share_b
+    empty = total == 0
+    lse = torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1, total)) + peak)
     merged = torch.zeros_like(out_a, dtype=lse.dtype)
-    for out_part, lse_part in ((out_a, lse_a), (out_b, lse_b)):
-        share = torch.exp(lse_part - finite)[..., None]
-        merged = merged + torch.where(share > 0, share * out_part.to(lse.dtype), 0)
+    for out_part, share in ((out_a, share_a), (out_b, share_b)):
+        weight = (share / torch.where(empty, 1, total))[..., None]
+        merged = merged + torch.where(weight > 0, weight * out_part.to(lse.dtype), 0)
     return merged.to(out_a.dtype), lse

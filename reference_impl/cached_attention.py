@@ -42,6 +42,7 @@ class CachedAttention:
         self.k_BGSD: Tensor | None = None
         self.v_BGSE: Tensor | None = None
         self.positions_BS: Tensor | None = None
+        self.seen_B1: Tensor | int = 0
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, key_valid: Tensor | None = None
@@ -53,19 +54,23 @@ class CachedAttention:
         if key_valid is None:
             key_valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
         positions = self.next_positions(key_valid)
-        q_positions, k_positions = self.query_positions(positions), positions.clamp(min=0)
+        q_positions, k_positions = self.query_positions(positions), self.key_positions(positions)
         q = self.rotary_steps.rotary(q, q_positions.clamp(min=0), **self.rotary_options)
-        k = self.rotary_steps.rotary(k, k_positions, **self.rotary_options)
+        k = self.rotary_steps.rotary(k, k_positions.clamp(min=0), **self.rotary_options)
         self.append(k, v, torch.where(key_valid, positions, -1))
+        self.seen_B1 = self.seen_B1 + key_valid.sum(-1, keepdim=True)
         return self.attend(q, positions)
 
     def next_positions(self, key_valid: Tensor) -> Tensor:
         """Positions [B, T] of the new tokens; a padding token has that of the token before it."""
-        seen = 0 if self.positions_BS is None else (self.positions_BS >= 0).sum(-1, keepdim=True)
-        return seen + key_valid.cumsum(-1) - 1
+        return self.seen_B1 + key_valid.cumsum(-1) - 1
 
     def query_positions(self, positions: Tensor) -> Tensor:
-        """The positions that the queries are rotated to."""
+        """The positions that the new queries are rotated to."""
+        return positions
+
+    def key_positions(self, positions: Tensor) -> Tensor:
+        """The positions that the new keys are rotated to."""
         return positions
 
     def append(self, k: Tensor, v: Tensor, positions: Tensor) -> None:

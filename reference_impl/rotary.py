@@ -5,8 +5,9 @@ Axes in tensor names::
     B batch    H heads    T tokens    D head width
     R channels that are rotated (R <= D)    P pairs of channels, P = R / 2
 
-Angles are computed in float64 and the rotation in float32 (float64 for float64 inputs), rounded once
-at the end. Every step is a method of :class:`Rotary`, so that a planted bug replaces one of them.
+Angles are computed in float64 and the rotation in float32 (float64 for float64 inputs), rounded
+once at the end. Every step is a method of :class:`Rotary`, so that a planted bug replaces one of
+them.
 
 Sources: RoFormer (arXiv 2104.09864) for the rotation, GPT-J for interleaved pairs, GPT-NeoX and
 Llama for half-split pairs, modded-nanogpt for the half-truncated layout, YaRN (arXiv 2309.00071),
@@ -57,7 +58,7 @@ class Rotary:
         check_rotation(x, positions, rotary_dim, layout)
         positions = self.positions(x, positions)
         frequencies_P, attention_factor = self.frequencies(
-            rotary_dim, theta, layout, scaling, length=int(positions.max()) + 1
+            rotary_dim, theta, layout, scaling, self.length(x, positions)
         )
         cos_B1TP, sin_B1TP = self.tables(x, positions, frequencies_P.to(x.device), attention_factor)
         x_R, x_pass = self.split_rotated(x, rotary_dim)
@@ -76,6 +77,10 @@ class Rotary:
         """The position [B, T] that each token is rotated to."""
         return positions
 
+    def length(self, x: Tensor, positions: Tensor) -> int:
+        """The length that dynamic NTK and LongRoPE go by: one more than the largest position."""
+        return int(positions.max()) + 1
+
     def frequencies(
         self,
         rotary_dim: int,
@@ -84,11 +89,7 @@ class Rotary:
         scaling: Scaling | None,
         length: int,
     ) -> tuple[Tensor, float]:
-        """Radians a position for each pair, float64 [P], and the factor on cos and sin.
-
-        ``length`` is one more than the largest position of the call; dynamic NTK and LongRoPE
-        depend on it.
-        """
+        """Radians a position for each pair, float64 [P], and the factor on cos and sin."""
         if layout == "half-truncated":
             if scaling is not None:
                 raise ValueError("the half-truncated layout has no scaling rules")
@@ -142,6 +143,7 @@ class RotaryModule(torch.nn.Module):
         self.options = options
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate ``x`` [B, H, T, D] by the angles of ``positions`` [B, T]."""
         return Rotary().rotary(x, positions, **self.options)
 
     def reset_parameters(self) -> None:
@@ -197,16 +199,12 @@ def half_truncated_frequencies(rotary_dim: int, theta: float) -> Tensor:
     return torch.cat([theta**-exponents, torch.zeros(rotary_dim // 4, dtype=torch.float64)])
 
 
-def unscaled(
-    rotary_dim: int, theta: float, scaling: Scaling, length: int
-) -> tuple[Tensor, float]:
+def unscaled(rotary_dim: int, theta: float, scaling: Scaling, length: int) -> tuple[Tensor, float]:
     """No scaling."""
     return default_frequencies(rotary_dim, theta), 1.0
 
 
-def linear(
-    rotary_dim: int, theta: float, scaling: Scaling, length: int
-) -> tuple[Tensor, float]:
+def linear(rotary_dim: int, theta: float, scaling: Scaling, length: int) -> tuple[Tensor, float]:
     """Position interpolation (arXiv 2306.15595): position p turns as p / factor did."""
     return default_frequencies(rotary_dim, theta) / scaling["factor"], 1.0
 

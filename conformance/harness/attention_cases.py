@@ -73,9 +73,7 @@ class AttentionCase:
             "q_len": self.q_len,
             "kv_len": self.kv_len,
         }
-        equal = {
-            f"{a} = {b}" for a, b in itertools.combinations(sizes, 2) if sizes[a] == sizes[b]
-        }
+        equal = {f"{a} = {b}" for a, b in itertools.combinations(sizes, 2) if sizes[a] == sizes[b]}
         if self.kv_heads == 1:
             equal.add("one kv head")
         if self.batch == 1:
@@ -209,16 +207,14 @@ def _add_cache(case: AttentionCase, dtype: torch.dtype) -> tuple[list[str], dict
 
 def _add_packing(case: AttentionCase, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
     if case.packing == "segments":
-        # Two documents or more in each row; the last query's document always has a key.
-        lengths = {"q": case.q_len, "k": case.kv_len}
-        starts = {
-            name: f"torch.arange({length}) * 3 // {length} - torch.tensor({[[r % 2] for r in range(case.batch)]}) % 2"
-            for name, length in lengths.items()
+        # Three documents or more, at other places in each row.
+        shift = f"torch.tensor({[[row] for row in range(case.batch)]})"
+        segments = {
+            name: f"(torch.arange({length}) + {shift}) * 3 // {length}"
+            for name, length in (("q_segments", case.q_len), ("k_segments", case.kv_len))
         }
-        return [
-            f"q_segments = {starts['q']}",
-            f"k_segments = {starts['k']}",
-        ], {"q_segments": "q_segments", "k_segments": "k_segments"}
+        lines = [f"{name} = {source}" for name, source in segments.items()]
+        return lines, {name: name for name in segments}
     if case.packing == "cumulative":
         random = Random(case.seed)
         documents = min(3, case.q_len, case.kv_len)
@@ -274,26 +270,27 @@ def attention_cases(
     q_len: int | None = None,
     kv_len: SearchStrategy[int] | int | None = None,
     widths: tuple[int, ...] = WIDTHS,
-    value_width: str = "equal",
+    value_width: SearchStrategy[str] | str = "equal",
     dtypes: tuple[str, ...] = DTYPES,
     batch: int | None = None,
     **options: Any,
 ) -> AttentionCase:
     """Cases with ``options`` (fields of AttentionCase, each a value or a strategy).
 
-    ``lengths`` is ``any``, ``equal``, ``longer`` (more keys than queries) or ``shorter``;
-    ``value_width`` is ``equal`` to the key width or ``different`` from it. Three cases in four have
-    sizes that cannot be confused, as far as the arguments allow; the others are convenient ones.
+    ``lengths`` is ``any``, ``equal``, ``longer`` (more keys than queries) or ``shorter``; a causal
+    case has more queries than keys only if asked for. ``value_width`` is ``equal`` to the key width
+    or ``different`` from it. Three cases in four have sizes that cannot be confused, as far as the
+    arguments allow; the others are convenient ones.
     """
     convenient = draw(st.integers(0, 3)) == 3
     telling_heads = tuple(pair for pair in heads if 1 < pair[1] < pair[0])
     q_heads, kv_heads = draw(st.sampled_from(heads if convenient else telling_heads or heads))
     queries, keys = draw(_lengths(lengths))
     if not convenient:
-        while {queries, keys} & {q_heads, kv_heads} or (lengths == "any" and queries == keys):
-            queries, keys = queries + (queries in (keys, q_heads, kv_heads)), keys + 1
-            if lengths == "equal":
-                queries = keys
+        queries, keys = _apart(queries, keys, lengths, {q_heads, kv_heads})
+    drawn = {name: _draw(draw, option) for name, option in options.items()}
+    if lengths == "any" and drawn.get("causal"):  # rows that see nothing are a rule of their own
+        queries, keys = min(queries, keys), max(queries, keys)
     queries = queries if q_len is None else q_len
     keys = keys if kv_len is None else _draw(draw, kv_len)
     if batch is None:
@@ -301,7 +298,7 @@ def attention_cases(
         batch = draw(st.sampled_from([rows for rows in (2, 3, 5, 7, 9, 1) if rows not in taken]))
     head_dim = draw(st.sampled_from(widths))
     value_dim = head_dim
-    if value_width == "different":
+    if _draw(draw, value_width) == "different":
         value_dim = draw(st.sampled_from([w for w in (4, 8, 12, 24) if w != head_dim]))
     return AttentionCase(
         batch=batch,
@@ -313,8 +310,17 @@ def attention_cases(
         value_dim=value_dim,
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 2**16)),
-        **{name: _draw(draw, option) for name, option in options.items()},
+        **drawn,
     )
+
+
+def _apart(queries: int, keys: int, relation: str, taken: set[int]) -> tuple[int, int]:
+    """The same lengths or a little longer, none of them in ``taken``, their relation kept."""
+    while queries in taken or (relation == "equal" and keys in taken):
+        queries, keys = queries + 1, keys + 1
+    while keys in taken or (relation != "equal" and keys == queries):
+        queries, keys = queries + (relation == "shorter"), keys + 1
+    return queries, keys
 
 
 @st.composite

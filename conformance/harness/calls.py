@@ -53,7 +53,7 @@ class Call:
         return f"{self.contract}({', '.join((*self.arguments, *options))})"
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=8192)
 def _execute(lines: tuple[str, ...]) -> dict[str, Any]:
     namespace: dict[str, Any] = {"torch": torch}
     exec(compile("\n".join(lines), "<reproduction>", "exec"), namespace)

@@ -77,7 +77,7 @@ def assert_close_to(
         return
     raise ConformanceFailure(
         "wrong values",
-        f"{name} differs from the oracle: {' and '.join(n.replace('_', ' ') for n in over)} error",
+        f"{name} differs from the oracle: {statistics.worst(expectation.limits)}",
         details=(*statistics.table(expectation.limits), *where_worst(found, expected, name)),
         call=call,
         lane=lane,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from conformance.harness.failures import Declined, Inconclusive
+from conformance.harness.failures import Declined, Inconclusive, failing_at
 
 SEMANTIC, PRECISION, EXACT = "semantic", "precision", "exact"
 
@@ -52,8 +52,10 @@ def in_every_lane(case: Any, check: Callable[[Any], None], device: str = "cpu") 
     unusable: list[Exception] = []
     dtypes = dtypes_of(case)
     for dtype in dtypes:
+        call = case.call(dtype, device)
         try:
-            check(case.call(dtype, device))
+            with failing_at(call):
+                check(call)
         except (Declined, NotImplementedError, Inconclusive) as reason:
             unusable.append(reason)
     if len(unusable) == len(dtypes):

@@ -46,7 +46,15 @@ class ErrorStatistics:
     def ratio(self, limits: ErrorStatistics) -> float:
         """The largest statistic as a share of its limit; 0 where both are 0."""
         pairs = zip(astuple(self), astuple(limits))
-        return max(error / limit if limit else float(error > 0) * torch.inf for error, limit in pairs)
+        return max(
+            error / limit if limit else float(error > 0) * torch.inf for error, limit in pairs
+        )
+
+    def worst(self, limits: ErrorStatistics) -> str:
+        """The statistic that is the farthest over its limit, in words."""
+        triples = zip(_NAMES, astuple(self), astuple(limits))
+        name, error, limit = max(triples, key=lambda t: t[1] / t[2] if t[2] else torch.inf)
+        return f"{name.replace('_', ' ')} error {error:.3g}, the limit is {limit:.3g}"
 
     def table(self, limits: ErrorStatistics) -> tuple[str, ...]:
         """Lines that hold the statistics against their limits."""
@@ -77,6 +85,20 @@ class Expectation:
     limits: ErrorStatistics
     ill_conditioned: bool
 
+    def widened(self, factor: float) -> Expectation:
+        """The same value with limits for a computation of that many more rounding steps."""
+        limits = ErrorStatistics(*(factor * limit for limit in astuple(self.limits)))
+        return Expectation(self.value, limits, self.ill_conditioned)
+
+    def allowing(self, relative: float) -> Expectation:
+        """The same value with limits raised by a share of its root mean square."""
+        scale = float(torch.where(torch.isfinite(self.value), self.value, 0).square().mean().sqrt())
+        share = (relative * scale, relative * scale, relative * scale, relative)
+        limits = ErrorStatistics(
+            *(limit + more for limit, more in zip(astuple(self.limits), share))
+        )
+        return Expectation(self.value, limits, self.ill_conditioned)
+
 
 def measure(actual: Tensor, expected: Tensor) -> ErrorStatistics:
     """Statistics of ``actual - expected``; positions where the oracle is infinite are left out."""
@@ -96,7 +118,9 @@ def expect(
     """
     finite = torch.isfinite(value)
     clean = torch.where(finite, value, 0)
-    predicted = _statistics(STEP_ERROR[dtype] * torch.where(finite, noise, 0), clean, systematic=False)
+    predicted = _statistics(
+        STEP_ERROR[dtype] * torch.where(finite, noise, 0), clean, systematic=False
+    )
     floors = [measure(variant, value) for variant in variants]
     limits = ErrorStatistics(
         *(
