@@ -17,6 +17,7 @@ from conformance.harness.rotary_cases import DTYPES, THETAS, Pairs, table
 GROUPED_HEADS = ((4, 2), (6, 2), (6, 3))
 OTHER_HEADS = ((3, 3), (4, 1), (1, 1))
 WIDTHS = (8, 12, 16)
+WINDOWS = st.integers(1, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,9 @@ class CachedCase:
     """Tokens to the left that a query sees besides its own."""
     scale: float | None = None
     sinks: bool = False
-    padded: bool = False
-    """The first step of each row begins with padding, of a different length in each row."""
+    padded: str | None = None
+    """``left`` or ``right``: the first step of each row begins or ends with padding, of a different
+    length in each row."""
 
     def __repr__(self) -> str:
         """The sizes, and whatever else is not at its default."""
@@ -73,7 +75,7 @@ class CachedCase:
         return frozenset(equal)
 
     def padding(self) -> list[int]:
-        """How many tokens at the beginning of each row are padding."""
+        """How many tokens of the first step are padding in each row."""
         if not self.padded:
             return [0] * self.batch
         return [(row + self.seed) % self.schedule[0] for row in range(self.batch)]
@@ -107,8 +109,15 @@ class CachedCase:
             lines.append(f"q, k, v = (x.to({dtype}) for x in (q, k, v))")
         moved, options = ["q", "k", "v"], {"rotary": repr(self.rotary_options())}
         if self.padded:
-            first = [[n] for n in self.padding()]
-            lines.append(f"key_valid = torch.arange({tokens}) >= torch.tensor({first})")
+            begin = [[n] if self.padded == "left" else [0] for n in self.padding()]
+            end = [
+                [self.schedule[0] - (n if self.padded == "right" else 0)] for n in self.padding()
+            ]
+            lines += [
+                f"slot = torch.arange({tokens})",
+                f"key_valid = (slot >= torch.tensor({begin})) & (slot < torch.tensor({end}))",
+                f"key_valid |= slot >= {self.schedule[0]}",
+            ]
             moved.append("key_valid")
         if self.window is not None:
             options["window"] = repr((self.window, 0))
@@ -143,6 +152,7 @@ def cached_cases(
     *,
     schedule: str = "mixed",
     windowed: bool | SearchStrategy = False,
+    windows: SearchStrategy[int] = WINDOWS,
     rule: str | SearchStrategy | None = None,
     partial: bool = False,
     value_width: str = "equal",
@@ -152,7 +162,8 @@ def cached_cases(
 
     ``schedule`` is ``mixed`` (steps of one and of several tokens), ``ones`` or ``threes`` (a first
     step of several tokens, then steps of that many) or ``single``. A window is shorter than the
-    sequence and crossed several times. ``rule`` is ``linear``, ``yarn``, ``yarn-scores`` (with
+    sequence and crossed several times. ``windows``
+    are the tokens that it reaches back. ``rule`` is ``linear``, ``yarn``, ``yarn-scores`` (with
     mscale_all_dim) or ``llama3``. Three cases in four have sizes that cannot be confused.
     """
     convenient = draw(st.integers(0, 3)) == 3
@@ -172,7 +183,7 @@ def cached_cases(
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 2**16)),
         theta=draw(st.sampled_from((*THETAS, 10000.0) if convenient else THETAS)),
-        window=draw(st.integers(1, 4)) if windowed else None,
+        window=draw(windows) if windowed else None,
         rotary_dim=4 if partial else None,
         scaling=_draw_scaling(draw, rule),
         **{name: _draw(draw, option) for name, option in options.items()},

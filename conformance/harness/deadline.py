@@ -14,6 +14,13 @@ DEFAULT_SECONDS = 120.0
 HARD_FACTOR = 3
 """A call that never returns to Python ends the process after this many times the deadline."""
 
+_stacks: list[int] = []
+
+
+def stacks_go_to(descriptor: int) -> None:
+    """Print the stacks of a process that has to be ended to this file, for stderr is captured."""
+    _stacks[:] = [descriptor]
+
 
 @contextmanager
 def deadline(seconds: float):
@@ -23,7 +30,10 @@ def deadline(seconds: float):
     Code that does not return to the interpreter cannot be interrupted: then the process prints the
     stack of every thread and exits, and the report has no footer.
     """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
 
@@ -32,7 +42,8 @@ def deadline(seconds: float):
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(seconds * HARD_FACTOR, exit=True)
+    stream = {"file": _stacks[0]} if _stacks else {}
+    faulthandler.dump_traceback_later(seconds * HARD_FACTOR, exit=True, **stream)
     try:
         yield
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unittest
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,6 +55,10 @@ class TimedOut(BaseException):
     """
 
 
+class NotOffered(unittest.SkipTest):
+    """The implementation has no method of this contract."""
+
+
 class Declined(unittest.SkipTest):
     """The implementation does not take on this case, or any case of a requirement."""
 
@@ -67,3 +73,13 @@ class NotRun(unittest.SkipTest):
 
 class HarnessError(RuntimeError):
     """The suite itself is broken; nothing is said about the implementation."""
+
+
+@contextmanager
+def failing_at(call: Call) -> Iterator[None]:
+    """A failure that knows no call, such as a changed input or an exception, is one of ``call``."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        failure.call = failure.call or call
+        raise

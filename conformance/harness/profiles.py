@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.errors import InvalidArgument
 
 _COMMON = {
     "deadline": None,  # requirements have a deadline of their own; first calls compile
@@ -27,18 +28,25 @@ PROFILES = {
 _WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
 
 _active = PROFILES["gate"]
+_seed: int | None = None
 
 
 def register() -> None:
-    """Make the profiles known to Hypothesis by name, for ``--hypothesis-profile``."""
+    """Make the profiles known to Hypothesis by name, for ``--hypothesis-profile``.
+
+    A profile that the user registered under the same name stays, for the user's own tests.
+    """
     for name, profile in PROFILES.items():
-        settings.register_profile(name, profile)
+        try:
+            settings.get_profile(name)
+        except InvalidArgument:
+            settings.register_profile(name, profile)
 
 
 def activate(name: str, *, seed: object = None) -> None:
     """Use a profile for every requirement from now on; a seed makes it random but repeatable."""
     global _active
-    _active = settings.get_profile(name)
+    _active = PROFILES[name] if name in PROFILES else settings.get_profile(name)
     if seed is not None:
         _active = settings(_active, derandomize=False, database=None)
 
@@ -48,15 +56,20 @@ def active() -> settings:
     return _active
 
 
+def seed() -> int | None:
+    """The seed that cases are drawn with; None leaves it to the settings."""
+    return _seed
+
+
 @contextmanager
-def temporarily(profile: settings):
-    """Use other settings for a while."""
-    global _active
-    before, _active = _active, profile
+def temporarily(profile: settings, *, seed: int | None = None):
+    """Use other settings, and a seed, for a while."""
+    global _active, _seed
+    before, (_active, _seed) = (_active, _seed), (profile, seed)
     try:
         yield
     finally:
-        _active = before
+        _active, _seed = before
 
 
 def without_shrinking(profile: settings) -> settings:

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hypothesis.errors import Flaky
+
 from conformance.contracts import CONTRACTS
 from conformance.harness import profiles
 from conformance.harness.deadline import DEFAULT_SECONDS, deadline
@@ -145,17 +147,19 @@ def requirement(
     return register
 
 
-def _run(
-    record: Requirement, test: Callable, subjects: Mapping[str, Any], seconds: float
-) -> None:
+def _run(record: Requirement, test: Callable, subjects: Mapping[str, Any], seconds: float) -> None:
     record.last_tally = tally = Tally()
     wrapped = {name: Subject.of(name, method) for name, method in subjects.items()}
     # Hypothesis fixes the settings of a test when it is decorated; ours are chosen for each run.
     test._hypothesis_internal_use_settings = profiles.active()
+    test._hypothesis_internal_use_seed = profiles.seed()
     token = _tally.set(tally)
     try:
         with deadline(seconds):
-            test(**wrapped)
+            try:
+                test(**wrapped)
+            except BaseExceptionGroup as group:
+                raise _failure_among(group) from None
     except ConformanceFailure as failure:
         failure.requirement = record
         failure.import_lines = wrapped[record.contract].import_lines
@@ -169,6 +173,19 @@ def _run(
     record.lint(tally)
 
 
+def _failure_among(group: BaseExceptionGroup) -> BaseException:
+    """The failure in a group of Hypothesis: one of many, or one that did not fail again."""
+    failures, _ = group.split(ConformanceFailure)
+    if failures is None:
+        return group
+    failure: BaseException = failures
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    if isinstance(group, Flaky):
+        failure.details += ("the case did not fail again: the result depends on earlier calls",)
+    return failure
+
+
 def _counted(record: Requirement, inner: Callable) -> Callable:
     """``inner``, with its cases counted and declined cases taken for what they are."""
 
@@ -176,8 +193,12 @@ def _counted(record: Requirement, inner: Callable) -> Callable:
     def body(*args: Any, case: Any, **kwargs: Any) -> None:
         tally = current_tally()
         tally.drawn += 1
+        subject: Subject = kwargs[record.contract]
+        calls_before = subject.calls.total()
         try:
             inner(*args, case=case, **kwargs)
+            if subject.calls.total() == calls_before:
+                raise HarnessError(f"{record.slug} never called the implementation on {case!r}")
         except (Declined, NotImplementedError) as error:
             tally.declined[str(error) or "NotImplementedError"] += 1
         except Inconclusive as error:

@@ -300,15 +300,23 @@ def _draw_scaling(
 
 
 @st.composite
-def layered_cases(draw: st.DrawFn, *, differ: str = "both", **options: Any) -> RotaryCase:
+def layered_cases(
+    draw: st.DrawFn,
+    *,
+    differ: str = "both",
+    rules: tuple[str, ...] = ("linear", "yarn"),
+    keys: dict[str, Any] | None = None,
+    **options: Any,
+) -> RotaryCase:
     """Cases with a table of options for each of three types of layer, for one of the types.
 
-    Tables of ``local`` and ``global`` layers differ in ``theta``, ``scaling`` or ``both``; layers
-    of the type ``none`` do not rotate.
+    ``rules`` are the scaling rules and ``keys`` what their tables must hold. Tables of ``local``
+    and ``global`` layers differ in ``theta``, ``scaling`` or ``both``; layers of the type ``none``
+    do not rotate.
     """
     case = draw(rotary_cases(**options))
     thetas = draw(st.permutations(THETAS))
-    scaling = _draw_scaling(draw, draw(st.sampled_from(("linear", "yarn"))), case, "any", {})
+    scaling = _draw_scaling(draw, draw(st.sampled_from(rules)), case, "any", keys or {})
     local: dict[str, Any] = {"theta": thetas[0]}
     distant: dict[str, Any] = {"theta": thetas[0] if differ == "scaling" else thetas[1]}
     if differ != "theta":

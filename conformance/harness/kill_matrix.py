@@ -1,0 +1,118 @@
+"""Which requirements catch which planted bug, and whether correct variants pass them all.
+
+Tests are called as functions here, without a pytest run inside pytest.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+
+from conformance.correct_variants import CorrectVariant, all_correct_variants
+from conformance.harness import profiles
+from conformance.harness.failures import ConformanceFailure, Declined, Inconclusive, NotRun
+from conformance.harness.lanes import PRECISION, semantic_and_exact_only
+from conformance.harness.requirement import all_requirements
+from conformance.known_bugs import PlantedBug, all_known_bugs
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A requirement that an implementation fails, how, and in which lane."""
+
+    requirement: str
+    kind: str
+    lane: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One planted bug in the matrix."""
+
+    id: str
+    contract: str
+    breaks: str
+    caught_by: tuple[str, ...]
+    without_precision_lane: bool
+    """Whether the semantic and exact lanes catch it alone."""
+
+
+def failures(method: object, contract: str, *, seed: int | None = None) -> list[Kill]:
+    """The requirements of ``contract`` that ``method`` fails under the gate profile.
+
+    With a ``seed`` the cases are drawn anew instead of being those of the gate.
+    """
+    settings = profiles.without_shrinking(profiles.PROFILES["gate"])
+    found = []
+    with profiles.temporarily(settings, seed=seed):
+        for slug, record in all_requirements().items():
+            if record.contract != contract or record.gpu:
+                continue
+            try:
+                record.check(method)
+            except ConformanceFailure as failure:
+                found.append(Kill(slug, failure.kind, failure.lane))
+            except (Declined, Inconclusive, NotRun):
+                continue
+    return found
+
+
+def row(bug: PlantedBug) -> Row:
+    """The row of one planted bug."""
+    method = getattr(bug.make(), bug.contract)
+    kills = failures(method, bug.contract)
+    caught = any(kill.lane != PRECISION for kill in kills)
+    if kills and not caught:  # the precision lane was first; see whether it was needed
+        with semantic_and_exact_only():
+            caught = bool(failures(getattr(bug.make(), bug.contract), bug.contract))
+    slugs = tuple(kill.requirement for kill in kills)
+    return Row(bug.id, bug.contract, bug.breaks, slugs, caught)
+
+
+def kill_matrix(processes: int = 2) -> list[Row]:
+    """A row for every planted bug, in the order of the catalogue."""
+    return _in_processes(_row_by_id, list(all_known_bugs()), processes)
+
+
+def false_alarms(
+    variants: Iterable[CorrectVariant], seed: int | None = None
+) -> list[tuple[str, Kill]]:
+    """Requirements that correct variants fail, as (variant id, kill); it must be empty."""
+    return [
+        (variant.id, kill)
+        for variant in variants
+        for kill in failures(getattr(variant.make(), variant.contract), variant.contract, seed=seed)
+    ]
+
+
+def false_alarms_over_seeds(seeds: Iterable[int], processes: int = 2) -> list[tuple[str, Kill]]:
+    """:func:`false_alarms` of every correct variant with the cases of every seed."""
+    found = _in_processes(_false_alarms_of_seed, list(seeds), processes)
+    return [alarm for alarms in found for alarm in alarms]
+
+
+def as_data(rows: Iterable[Row]) -> dict[str, dict[str, object]]:
+    """The matrix as plain data, by bug id."""
+    return {r.id: {k: v for k, v in asdict(r).items() if k != "id"} for r in rows}
+
+
+def _row_by_id(id: str) -> Row:
+    return row(all_known_bugs()[id])
+
+
+def _false_alarms_of_seed(seed: int) -> list[tuple[str, Kill]]:
+    return false_alarms(all_correct_variants().values(), seed)
+
+
+def _in_processes(function, work: list, processes: int) -> list:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_one_thread) as pool:
+        return list(pool.map(function, work))
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)

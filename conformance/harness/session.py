@@ -1,0 +1,487 @@
+"""One run of the suite inside a pytest run: what it plans, what comes back, and the verdict.
+
+A :class:`Runner` lives in a process that runs requirements, a :class:`Controller` in the one that
+reports; without xdist they are the same process. Neither does anything until a requirement is
+collected. With xdist a worker writes its plan into a file that the controller reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from conformance.harness import ledger, records, report, verdict
+from conformance.harness.environment import describe_environment, describe_implementation
+from conformance.harness.failures import ConformanceFailure, NotOffered, NotRun
+from conformance.harness.resolve import CannotResolve, Resolved, from_fixture, resolve
+from conformance.harness.settings import Settings, SettingsError, read_settings, required_slugs
+
+if TYPE_CHECKING:
+    from conformance.harness.requirement import Requirement
+    from conformance.harness.subject import Subject
+
+PROPERTY = "conformance"
+"""Name of the user property that carries a record (as JSON) on pytest's report."""
+
+CAPTURED = 4000
+"""Characters of captured output that a failing requirement shows."""
+
+REPORTED_PHASES = ("setup", "call")
+
+
+class BrokenSuite(RuntimeError):
+    """The requirements of the suite cannot be imported."""
+
+
+def requirement_of(item: object) -> Requirement | None:
+    """The requirement that a pytest item checks, if it checks one."""
+    module = sys.modules.get("conformance.harness.requirement")
+    if module is None:
+        return None
+    found = getattr(getattr(item, "function", None), "requirement", None)
+    return found if isinstance(found, module.Requirement) else None
+
+
+def names_gpu(mark_expression: str) -> bool:
+    """Whether ``-m`` asks for the mark gpu, rather than for its absence."""
+    return bool(re.search(r"(?<!not )\bgpu\b", mark_expression or ""))
+
+
+class Runner:
+    """Resolves the implementation, gives it to the requirements, and records how each ended."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.collected = 0
+        self.items: dict[str, dict[str, Any]] = {}
+        """What each selected item is, by its node id."""
+        self.settings = Settings()
+        self.resolved: Resolved | None = None
+        self.known: dict[str, ledger.Entry] = {}
+        self.explicit = False
+
+    @property
+    def seconds(self) -> float | None:
+        """Time for one requirement, where the user gave one."""
+        return self.config.getoption("conformance_timeout")
+
+    def select(self, items: list[pytest.Item], smoke: bool) -> list[pytest.Item]:
+        """The items that a run is left with; the others with ``--smoke`` are taken out."""
+        self.collected = sum(requirement_of(item) is not None for item in items)
+        if not smoke:
+            return items
+        return [item for item in items if (r := requirement_of(item)) is None or r.smoke]
+
+    def plan(self, session: pytest.Session) -> dict[str, Any] | None:
+        """Everything that the controller needs to know; None where there is nothing to do."""
+        chosen = [item for item in session.items if requirement_of(item) is not None]
+        if not self.collected or (not chosen and len(session.items) and not self._asked_for()):
+            return None
+        suite = suite_requirements()
+        self.settings = read_settings(self.config.rootpath)
+        required = required_slugs(self.settings.require, suite)
+        self._prepare_torch()
+        profile, seed = self._activate_profile()
+        implementation = self._choose(session, chosen)
+        entries = [*self.settings.known_failures, *ledger.bundled_entries()]
+        self.known = ledger.select(entries, implementation["name"], suite, _planted_ids)
+        self.items = planned_items(chosen)
+        gpu = names_gpu(self.config.getoption("markexpr", ""))
+        head = report.header(
+            implementation=implementation,
+            environment=describe_environment(_device(gpu)),
+            profile=profile,
+            seed=seed,
+            smoke=bool(self.config.getoption("conformance_smoke")),
+            planned=[item["id"] for item in self.items.values()],
+            # Requirements that only a GPU can hold count where a GPU was asked for.
+            suite={slug: r.level for slug, r in suite.items() if gpu or not r.gpu},
+            required=required,
+        )
+        return {"header": head, "items": self.items}
+
+    def _asked_for(self) -> bool:
+        options = ("--impl", "--smoke", "--conformance")
+        return any(str(a).startswith(options) for a in self.config.invocation_params.args)
+
+    def _choose(self, session: pytest.Session, chosen: list[pytest.Item]) -> dict[str, Any]:
+        """Resolve the implementation, unless a fixture of the user's gives it."""
+        option, variable = self.config.getoption("impl"), os.environ.get("CONFORMANCE_IMPL")
+        self.explicit = bool(option or variable)
+        if not self.explicit and chosen and (place := _overridden(session, chosen[0])):
+            name = f"the fixture implementation in {place}"
+            return {"name": name, "version": None, "file": place, "chosen_by": "fixture"}
+        choices = {
+            "--impl": option,
+            "CONFORMANCE_IMPL": variable,
+            "pyproject.toml": self.settings.implementation,
+            "default": "reference",
+        }
+        chosen_by, name = next((by, name) for by, name in choices.items() if name)
+        seconds = {} if self.seconds is None else {"seconds": self.seconds}
+        with quiet():
+            self.resolved = resolve(name, **seconds)
+        return describe_implementation(self.resolved, chosen_by, self.config.rootpath)
+
+    def _activate_profile(self) -> tuple[str, str | None]:
+        """Choose the settings of Hypothesis for requirements; other tests keep theirs."""
+        from conformance.harness import profiles
+
+        seed = self.config.getoption("--hypothesis-seed", None)
+        name = self.config.getoption("--hypothesis-profile", None)
+        if self.config.getoption("conformance_smoke"):
+            name = "smoke"
+        profiles.activate(name or "gate", seed=seed)
+        return name or "gate", None if seed is None else str(seed)
+
+    def _prepare_torch(self) -> None:
+        import torch
+
+        from conformance.harness import deadline, requirement
+
+        torch.set_num_threads(1)
+        if self.seconds is not None:
+            requirement.DEFAULT_DEADLINE["seconds"] = self.seconds
+        # Output is captured while a test runs; the stacks of a hang must reach the user.
+        with contextlib.suppress(OSError):
+            deadline.stacks_go_to(os.dup(2))
+
+    def subject(self, contract: str, implementation: Callable[[], object], device: str) -> Subject:
+        """The contract's method of the implementation; NotOffered where it has none."""
+        if device == "cuda" and not _has_cuda():
+            raise NotRun("no CUDA device")
+        resolved = self.resolved
+        if not self.explicit:
+            adapter = implementation()
+            if resolved is None or adapter is not resolved.adapter:
+                try:
+                    resolved = from_fixture(adapter, "fixture implementation")
+                except CannotResolve as error:
+                    raise pytest.UsageError(f"conformance: {error}") from None
+        method = getattr(resolved.adapter, contract, None)
+        if not callable(method):
+            raise NotOffered(f"the implementation has no {contract}")
+        from conformance.harness.subject import Subject
+
+        return Subject(
+            contract, method, device=device, import_lines=resolved.import_lines(contract)
+        )
+
+    def entry_of(self, item: pytest.Item) -> ledger.Entry | None:
+        """The known failure that an item is about."""
+        found = requirement_of(item)
+        return self.known.get(found.slug) if found is not None else None
+
+    def finish_report(
+        self, item: pytest.Item, call: pytest.CallInfo, error: BaseException | None, result: Any
+    ) -> None:
+        """Put the record on pytest's report, and make the report say what the record says."""
+        found = requirement_of(item)
+        planned = self.items.get(item.nodeid)
+        if found is None or planned is None:
+            return
+        result.sections = [(name, _last_part(text)) for name, text in result.sections]
+        if call.when not in REPORTED_PHASES or (call.when == "setup" and error is None):
+            return
+        outcome, reason = records.outcome_of(error, call.when)
+        record = records.make_record(
+            planned,
+            outcome,
+            reason,
+            duration=call.duration,
+            tally=found.last_tally if call.when == "call" else None,
+            error=error,
+        )
+        entry = self.known.get(found.slug)
+        if entry is not None:
+            self._settle(found, entry, record)
+        _show(result, record, error, item)
+        result.user_properties = [
+            *(p for p in result.user_properties if p[0] != PROPERTY),
+            (PROPERTY, json.dumps(record, allow_nan=False)),
+        ]
+
+    def _settle(self, found: Requirement, entry: ledger.Entry, record: dict[str, Any]) -> None:
+        failure = record["failure"]
+        outcome, reason = ledger.settle(
+            entry,
+            record["outcome"],
+            failure["kind"] if failure else None,
+            today=datetime.date.today(),
+            kind_of_bug=lambda bug: _kind_of_bug(found, bug),
+        )
+        record["ledger"] = entry.as_json()
+        record["outcome"], record["reason"] = outcome, records.clean(reason or record["reason"])
+
+
+class Controller:
+    """Receives plan and records, writes the report, and decides the exit status."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.plan: dict[str, Any] | None = None
+        self.records: dict[str, dict[str, Any]] = {}
+        self.failed_ids: set[str] = set()
+        self.other_failures = 0
+        self.verdict: verdict.Verdict | None = None
+        self.plan_folder: tempfile.TemporaryDirectory | None = None
+        self.writer: report.ReportWriter | None = None
+        folder = config.getoption("conformance_report")
+        if folder:
+            try:
+                self.writer = report.ReportWriter(Path(folder))
+            except OSError as error:
+                why = error.strerror or error
+                raise pytest.UsageError(
+                    f"conformance: --conformance-report: cannot write to {folder}: {why}"
+                ) from None
+
+    def folder_for_plans(self) -> str:
+        """A folder in which xdist's workers leave their plans."""
+        if self.plan_folder is None:
+            self.plan_folder = tempfile.TemporaryDirectory(prefix="conformance-plan-")
+        return self.plan_folder.name
+
+    def accept(self, plan: dict[str, Any] | None) -> None:
+        """Take the plan of the run; the first one counts, for every worker makes the same."""
+        if plan is None or self.plan is not None:
+            return
+        if "stop" in plan:
+            if plan["exit_code"] == verdict.USAGE:
+                raise pytest.UsageError(plan["stop"])
+            pytest.exit(plan["stop"], returncode=plan["exit_code"])
+        self.plan = plan
+        if self.writer:
+            self.writer.append(plan["header"])
+
+    def read_plans(self) -> None:
+        """Take the plan that a worker of xdist left."""
+        if self.plan_folder is None or self.plan is not None:
+            return
+        for file in sorted(Path(self.plan_folder.name).glob("*.json")):
+            self.accept(json.loads(file.read_text("utf-8")))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take what a report of pytest says of a requirement."""
+        result = report
+        items = self.plan["items"] if self.plan else {}
+        planned = items.get(result.nodeid)
+        if planned is None:
+            self.other_failures += result.failed
+            return
+        carried = [text for name, text in result.user_properties if name == PROPERTY]
+        if carried:
+            record = json.loads(carried[-1])
+        elif result.when not in (*REPORTED_PHASES, "teardown"):  # xdist: the worker is gone
+            record = records.died(planned)
+        else:
+            self.other_failures += result.failed and result.when == "teardown"
+            return
+        if record["id"] in self.records:  # repeating a requirement does not make it pass
+            return
+        self.records[record["id"]] = record
+        if self.writer:
+            self.writer.append(record)
+
+    def finish(self, exitstatus: int) -> int:
+        """Decide the verdict, end the report, and give the exit status of the run."""
+        if self.plan_folder is not None:
+            self.plan_folder.cleanup()
+        if self.plan is None:
+            return exitstatus
+        head = self.plan["header"]
+        plan = verdict.Plan(
+            planned=tuple(self.plan["items"].values()),
+            suite=head["suite"],
+            required=tuple(head["required"]),
+            smoke=head["smoke"],
+        )
+        self.verdict = verdict.judge(plan, self.records.values())
+        if self.writer:
+            self.writer.finish(head, self.records.values(), self.verdict)
+        return combined_exit_status(
+            int(exitstatus), self.verdict, self.records.values(), self.other_failures
+        )
+
+    def lines(self) -> Iterable[tuple[str, str]]:
+        """What the terminal shows at the end."""
+        return report.terminal_lines(list(self.records.values()), self.verdict)
+
+    @property
+    def title(self) -> str:
+        """Heading of what the terminal shows."""
+        return f"conformance: {self.plan['header']['implementation']['name']}"
+
+
+def plan_or_stop(runner: Runner, session: pytest.Session) -> dict[str, Any] | None:
+    """The plan of the run, or one line that says why there is none, in a form that can travel."""
+    if session.testsfailed and not session.config.getoption("continue_on_collection_errors"):
+        return None  # pytest reports the files that cannot be collected, and stops
+    try:
+        return runner.plan(session)
+    except (CannotResolve, SettingsError, ledger.LedgerError) as error:
+        return {"stop": f"conformance: {error}", "exit_code": verdict.USAGE}
+    except BrokenSuite as error:
+        return {
+            "stop": f"conformance: broken harness: {error}",
+            "exit_code": verdict.BROKEN_HARNESS,
+        }
+
+
+def combined_exit_status(
+    exitstatus: int,
+    decided: verdict.Verdict,
+    ended: Iterable[Mapping[str, Any]],
+    other_failures: int,
+) -> int:
+    """The exit status of a pytest run, given that of pytest itself. It is never made better."""
+    ours = decided.exit_code
+    if exitstatus in (0, 5):  # 5: everything was deselected
+        return ours if exitstatus == 0 or ours else exitstatus
+    red = any(record["outcome"] in records.RED for record in ended)
+    if exitstatus == 1 and red and not other_failures and ours:
+        return ours
+    return exitstatus
+
+
+def suite_requirements() -> dict[str, Requirement]:
+    """Every requirement, whether this run collected it or not."""
+    from conformance.harness.requirement import all_requirements
+
+    try:
+        return all_requirements()
+    except Exception as error:
+        raise BrokenSuite(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def planned_items(chosen: list[pytest.Item]) -> dict[str, dict[str, Any]]:
+    """What each item is, by node id. Ids are slugs, with the device and a number where needed."""
+    planned: dict[str, dict[str, Any]] = {}
+    taken: set[str] = set()
+    for item in chosen:
+        found = requirement_of(item)
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        device = params.get("conformance_device", "cpu")
+        id = base = found.slug if device == "cpu" else f"{found.slug}[{device}]"
+        number = 2
+        while id in taken:
+            id, number = f"{base}#{number}", number + 1
+        taken.add(id)
+        planned[item.nodeid] = {
+            "id": id,
+            "slug": found.slug,
+            "level": found.level,
+            "contract": found.contract,
+            "device": device,
+        }
+    return planned
+
+
+@contextlib.contextmanager
+def quiet():
+    """Swallow what an adapter prints while it is imported: it can be megabytes."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+def _overridden(session: pytest.Session, item: pytest.Item) -> str | None:
+    """Where the user overrides the fixture ``implementation``, if anywhere."""
+    definitions = session._fixturemanager.getfixturedefs("implementation", item) or ()
+    for definition in reversed(definitions):
+        module = definition.func.__module__
+        if module != "conformance.plugin":
+            file = getattr(sys.modules.get(module), "__file__", None) or module
+            path = Path(file)
+            root = session.config.rootpath
+            return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+        return None
+    return None
+
+
+def _planted_ids() -> Iterable[str]:
+    from conformance.known_bugs import all_known_bugs
+
+    return all_known_bugs()
+
+
+def _kind_of_bug(found: Requirement, bug: str) -> str | None:
+    """The kind of failure of a requirement against a planted bug; None where it does not fail."""
+    from conformance.harness import profiles
+    from conformance.known_bugs import all_known_bugs
+
+    planted = all_known_bugs()[bug]
+    if planted.contract != found.contract:
+        return None
+    method = getattr(planted.make(), planted.contract)
+    with profiles.temporarily(profiles.without_shrinking(profiles.active())):
+        try:
+            found.check(method)
+        except ConformanceFailure as failure:
+            return failure.kind
+        except Exception:
+            return None
+    return None
+
+
+def _show(result: Any, record: dict[str, Any], error: BaseException | None, item: Any) -> None:
+    """Make pytest's own report (progress letter, text, junit) agree with the record."""
+    outcome, reason = record["outcome"], record["reason"]
+    place = (str(item.path), (item.location[1] or 0) + 1)
+    if outcome == records.PASS:
+        return
+    if outcome == records.KNOWN_FAILURE:
+        result.outcome, result.wasxfail = "skipped", reason
+        result.longrepr = (*place, f"known failure: {reason}")
+    elif outcome == records.LEDGER_MISMATCH:
+        result.outcome = "failed"
+        result.longrepr = f"{record['id']}: {reason}" + (f"\n\n{error}" if error else "")
+    elif outcome == records.FAIL:
+        result.outcome, result.longrepr = "failed", str(error)
+    elif outcome == records.ERROR:
+        result.outcome = "failed"  # pytest's traceback stays: it is the suite's own fault
+        if isinstance(error, pytest.UsageError):
+            result.longrepr = reason
+    else:
+        result.outcome = "skipped"
+        result.longrepr = (*place, f"{verdict.WORDS[outcome]}: {reason}")
+    if outcome != records.KNOWN_FAILURE and hasattr(result, "wasxfail"):
+        del result.wasxfail  # a mark in the user's code is no entry of the ledger
+
+
+def _last_part(text: str) -> str:
+    if len(text) <= CAPTURED:
+        return text
+    return f"… ({len(text) - CAPTURED} characters left out)\n{text[-CAPTURED:]}"
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _device(gpu: bool) -> str:
+    if not gpu:
+        return "cpu"
+    if not _has_cuda():
+        return "no CUDA device"
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+__all__ = ["CannotResolve", "Controller", "Runner", "SettingsError", "requirement_of"]

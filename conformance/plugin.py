@@ -1,0 +1,257 @@
+"""The pytest plugin: options, fixtures and hooks. What they do is in ``conformance.harness``.
+
+It is loaded in every pytest run of an environment that has this package, so it imports nothing but
+pytest, and costs nothing, until a conformance requirement is collected.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conformance.harness.session import Controller, Runner
+
+RUNNER = pytest.StashKey["Runner"]()
+CONTROLLER = pytest.StashKey["Controller"]()
+
+OUR_PROFILES = ("gate", "explore", "nightly", "smoke")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of the suite."""
+    group = parser.getgroup("conformance", "model conformance")
+    group.addoption(
+        "--impl",
+        metavar="NAME",
+        help="implementation under test: a bundled adapter, known-bug:ID, variant:ID, "
+        "package.module[:object] or path/to/file.py[:object] "
+        "(else CONFORMANCE_IMPL, [tool.conformance] implementation, the reference)",
+    )
+    group.addoption(
+        "--smoke",
+        dest="conformance_smoke",
+        action="store_true",
+        help="only the few requirements, in seconds, that show whether the adapter is wired right",
+    )
+    group.addoption(
+        "--conformance-report",
+        metavar="DIR",
+        help="write report.jsonl and summary.md into this folder",
+    )
+    group.addoption(
+        "--conformance-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        help="time for one requirement, and for importing the adapter",
+    )
+
+
+def _seconds(text: str) -> float:
+    import argparse
+    import math
+
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis's own plugin loads the profile by its name
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the markers, and answer for what the options ask at once."""
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; asked for by -m gpu")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    if config.getoption("--hypothesis-profile", None) in OUR_PROFILES:
+        from conformance.harness import profiles
+
+        profiles.register()
+    if config.getoption("conformance_report") and not hasattr(config, "workerinput"):
+        _controller(config)
+
+
+def _runner(config: pytest.Config) -> Runner:
+    if RUNNER not in config.stash:
+        from conformance.harness.session import Runner
+
+        config.stash[RUNNER] = Runner(config)
+    return config.stash[RUNNER]
+
+
+def _controller(config: pytest.Config) -> Controller:
+    if CONTROLLER not in config.stash:
+        from conformance.harness.session import Controller
+
+        config.stash[CONTROLLER] = Controller(config)
+        config.pluginmanager.register(config.stash[CONTROLLER], "conformance.controller")
+    return config.stash[CONTROLLER]
+
+
+def _requirement(item: object):
+    """The requirement of an item, without importing anything for items that are not ours."""
+    if "conformance.harness.requirement" not in sys.modules:
+        return None
+    from conformance.harness.session import requirement_of
+
+    return requirement_of(item)
+
+
+# Fixtures
+
+
+@pytest.fixture(scope="session")
+def implementation(pytestconfig: pytest.Config) -> object:
+    """The implementation under test; override it in your conftest.py to test your own."""
+    return _runner(pytestconfig).resolved.adapter
+
+
+@pytest.fixture(scope="session")
+def conformance_device(request: pytest.FixtureRequest) -> str:
+    """The device of the tensors: ``cpu``, or with ``-m gpu`` each of ``cpu`` and ``cuda``."""
+    return getattr(request, "param", "cpu")
+
+
+def _contract_fixture(contract: str):
+    # Module scope: two folders may each have their own implementation, and a session-wide value
+    # would be that of the first. Hypothesis forbids function scope.
+    @pytest.fixture(scope="module", name=contract)
+    def fixture(request: pytest.FixtureRequest, conformance_device: str):
+        return _runner(request.config).subject(
+            contract, lambda: request.getfixturevalue("implementation"), conformance_device
+        )
+
+    fixture.__doc__ = f"The method ``{contract}`` of the implementation under test."
+    return fixture
+
+
+attention = _contract_fixture("attention")
+rotary = _contract_fixture("rotary")
+rotary_module = _contract_fixture("rotary_module")
+cached_attention = _contract_fixture("cached_attention")
+
+
+# Collection
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """With ``-m gpu`` every requirement runs on the CPU and on a GPU."""
+    requirement = _requirement(metafunc)
+    if requirement is None or "conformance_device" not in metafunc.fixturenames:
+        return
+    from conformance.harness.session import names_gpu
+
+    cuda = pytest.param("cuda", marks=pytest.mark.gpu)
+    if requirement.gpu:
+        devices = [cuda]
+    elif names_gpu(metafunc.config.getoption("markexpr", "")):
+        devices = ["cpu", cuda]
+    else:
+        return
+    metafunc.parametrize("conformance_device", devices, indirect=True, scope="session")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Let ``-k`` select by slug."""
+    requirement = _requirement(item)
+    if requirement is not None:
+        item.extra_keyword_matches.add(requirement.slug)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k and -m take items away
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Count the requirements, and with ``--smoke`` keep the few that are asked for."""
+    if not any(_requirement(item) for item in items):
+        return
+    kept = _runner(config).select(items, config.getoption("conformance_smoke"))
+    dropped = [item for item in items if item not in set(kept)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist tells the controller that collection is over
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Resolve the implementation and plan the run."""
+    config = session.config
+    if RUNNER not in config.stash or config.getoption("collectonly"):
+        return
+    from conformance.harness.session import plan_or_stop
+
+    plan = plan_or_stop(config.stash[RUNNER], session)
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
+        _controller(config).accept(plan)
+    elif plan is not None:
+        if "stop" in plan:
+            session.items[:] = []
+        folder = Path(worker["conformance_plans"])
+        (folder / f"{worker['workerid']}.json").write_text(json.dumps(plan), "utf-8")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """Tell a worker of xdist where to leave its plan."""
+    node.workerinput["conformance_plans"] = _controller(node.config).folder_for_plans()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node) -> None:
+    """Take the plan that a worker of xdist left."""
+    _controller(node.config).read_plans()
+
+
+# Running
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """A known failure is not made smaller: it is only to fail as it did."""
+    runner = item.config.stash.get(RUNNER, None)
+    if runner is None or runner.entry_of(item) is None:
+        return (yield)
+    from conformance.harness import profiles
+
+    with profiles.temporarily(profiles.without_shrinking(profiles.active())):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Put the record of a requirement on its report."""
+    runner = item.config.stash.get(RUNNER, None)
+    if runner is None or _requirement(item) is None:
+        return (yield)
+    error = call.excinfo.value if call.excinfo is not None else None  # pytest replaces skips
+    for name in ("hypothesis_report_information", "_hypothesis_failing_examples"):
+        vars(item).pop(name, None)  # our own message says it, with lines to reproduce it
+    report = yield
+    runner.finish_report(item, call, error, report)
+    return report
+
+
+# Reporting
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """The verdict, counts, failures, and what was not checked."""
+    controller = config.stash.get(CONTROLLER, None)
+    if controller is None or controller.verdict is None:
+        return
+    terminalreporter.section(controller.title)
+    for colour, line in controller.lines():
+        terminalreporter.write_line(line, **({colour: True} if colour else {}))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """The verdict decides the exit status, as far as it is worse than pytest's own."""
+    controller = session.config.stash.get(CONTROLLER, None)
+    if controller is not None:
+        session.exitstatus = controller.finish(int(exitstatus))
