@@ -1,4 +1,4 @@
-"""Bundled adapters by name: where each lives, and what it is. Nothing is imported until asked for."""
+"""Bundled adapters by name: where each lives, and what it is. Imported when asked for."""
 
 from __future__ import annotations
 
@@ -15,13 +15,55 @@ class Bundled:
     summary: str
 
 
+def _bundled(name: str, target: str, summary: str) -> Bundled:
+    return Bundled(name, f"{__name__}.{target}", summary)
+
+
 BUNDLED: dict[str, Bundled] = {
     adapter.name: adapter
     for adapter in (
-        Bundled(
-            "reference",
-            "conformance.implementations.reference:Reference",
-            "the executable specification itself",
+        _bundled("reference", "reference:Reference", "the executable specification itself"),
+        _bundled(
+            "torch-sdpa",
+            "torch_sdpa:TorchSDPA",
+            "torch's scaled_dot_product_attention, the kernel chosen by torch",
+        ),
+        _bundled(
+            "torch-sdpa-math", "torch_sdpa:TorchSDPAMath", "the same, by the unfused kernel alone"
+        ),
+        _bundled(
+            "torch-sdpa-flash", "torch_sdpa:TorchSDPAFlash", "the same, by the flash kernel alone"
+        ),
+        _bundled(
+            "torch-sdpa-efficient",
+            "torch_sdpa:TorchSDPAEfficient",
+            "the same, by the memory-efficient kernel alone (CUDA)",
+        ),
+        _bundled(
+            "torch-sdpa-cudnn",
+            "torch_sdpa:TorchSDPACudnn",
+            "the same, by cuDNN's kernel alone (CUDA)",
+        ),
+        _bundled("torch-flex", "torch_flex:TorchFlex", "torch's FlexAttention, uncompiled"),
+        _bundled(
+            "torch-flex-compiled",
+            "torch_flex:TorchFlexCompiled",
+            "torch's FlexAttention, compiled by inductor",
+        ),
+        _bundled(
+            "transformers-eager",
+            "transformers_attention:TransformersEager",
+            "transformers' eager attention, masks, rotary embeddings and cache",
+        ),
+        _bundled(
+            "transformers-sdpa",
+            "transformers_attention:TransformersSDPA",
+            "transformers with attn_implementation='sdpa'",
+        ),
+        _bundled(
+            "transformers-flex",
+            "transformers_attention:TransformersFlex",
+            "transformers with attn_implementation='flex_attention'",
         ),
     )
 }
