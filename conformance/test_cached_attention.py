@@ -81,7 +81,7 @@ def test_window_is_crossed_by_any_schedule(cached_attention, case):
 
 
 @requirement("cached_attention.padding.left", source="unslothai/unsloth#4078", level="extended")
-@given(case=cached_cases(schedule="ones", padded=True))
+@given(case=cached_cases(schedule="ones", padded="left"))
 def test_rows_count_from_behind_their_padding(cached_attention, case):
     """In a left-padded batch each row counts its own tokens, in the first step and later."""
     assert_steps_match(cached_attention, case)
@@ -90,16 +90,38 @@ def test_rows_count_from_behind_their_padding(cached_attention, case):
 @requirement(
     "cached_attention.padding.rows-alone", source="unslothai/unsloth#4078", level="extended"
 )
-@given(case=cached_cases(padded=True))
+@given(case=cached_cases(padded="left"))
 def test_a_padded_row_is_as_it_is_alone(cached_attention, case):
     """Each row of a left-padded batch gives what it gives alone and without padding."""
     assert_rows_as_alone(cached_attention, case)
 
 
 @requirement(
+    "cached_attention.window.own-token-only",
+    source="transformers DynamicSlidingWindowLayer",
+    level="extended",
+)
+@given(case=cached_cases(schedule="ones", windowed=True, windows=st.just(0)))
+def test_narrowest_window_shows_the_token_itself(cached_attention, case):
+    """A window (0, 0) shows each token itself and nothing else."""
+    assert_steps_match(cached_attention, case)
+
+
+@requirement(
+    "cached_attention.padding.right-then-window",
+    source="transformers DynamicSlidingWindowLayer",
+    level="extended",
+)
+@given(case=cached_cases(schedule="ones", padded="right", windowed=True))
+def test_windows_do_not_count_right_padding(cached_attention, case):
+    """After a right-padded first step, a window reaches back over real tokens, not over slots."""
+    assert_steps_match(cached_attention, case)
+
+
+@requirement(
     "cached_attention.padding.window", source="rajveer43/VeloxQuant-MLX#389", level="extended"
 )
-@given(case=cached_cases(padded=True, windowed=True))
+@given(case=cached_cases(padded="left", windowed=True))
 def test_windows_count_real_tokens(cached_attention, case):
     """In a left-padded batch a window reaches back over real tokens."""
     assert_steps_match(cached_attention, case)
@@ -167,7 +189,7 @@ def test_the_same_steps_give_the_same_bits(cached_attention, case):
         rule=st.sampled_from([None, "linear", "yarn", "yarn-scores", "llama3"]),
         layout=st.sampled_from(["half", "interleaved"]),
         sinks=st.booleans(),
-        padded=st.booleans(),
+        padded=st.sampled_from([None, "left"]),
         scale=st.sampled_from([None, 0.5]),
         value_width="different",
     )

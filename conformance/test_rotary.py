@@ -627,6 +627,19 @@ def test_each_layer_type_has_its_scaling(rotary, case):
     assert_matches_oracle(rotary, case)
 
 
+@requirement(
+    "rotary.layers.yarn-truncate", source="transformers _compute_yarn_parameters", level="extended"
+)
+@given(
+    case=layered_cases(
+        differ="scaling", rules=("yarn",), keys={"truncate": False}, positions=SCATTERED
+    )
+)
+def test_each_layer_type_has_its_yarn_range(rotary, case):
+    """The range of YaRN's ramp is rounded or not as the table of the layer's own type says."""
+    assert_matches_oracle(rotary, case)
+
+
 @requirement("rotary.layers.permuted", source="Avarok-Cybersecurity/atlas#276", level="extended")
 @given(case=layered_cases(positions=SCATTERED))
 def test_permuting_layer_types_permutes_tables(rotary, case):
