@@ -1,0 +1,52 @@
+"""Correct implementations pass: other orders, blockings, roundings and memory layouts."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import settings
+
+from conformance.correct_variants import all_correct_variants
+from conformance.harness import profiles
+from conformance.harness.failures import Declined
+from conformance.harness.kill_matrix import failures
+from conformance.harness.requirement import all_requirements
+
+VARIANTS = all_correct_variants()
+BROAD = {
+    "attention": ("attention.combined.sequence", "attention.combined.everything"),
+    "rotary": ("rotary.options.any-combination",),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def test_there_are_variants_of_both_contracts():
+    counts = Counter(variant.contract for variant in VARIANTS.values())
+    assert counts["attention"] >= 10
+    assert counts["rotary"] >= 8
+
+
+@pytest.mark.parametrize("id", VARIANTS)
+def test_variant_passes_the_gate(id):
+    variant = VARIANTS[id]
+    assert failures(getattr(variant.make(), variant.contract), variant.contract) == []
+
+
+@pytest.mark.parametrize("id", VARIANTS)
+def test_variant_passes_a_hundred_random_cases(id):
+    """Requirements that draw every option pass on a hundred cases, in all three dtypes."""
+    variant = VARIANTS[id]
+    hundred = settings(profiles.PROFILES["gate"], max_examples=100)
+    for slug in BROAD[variant.contract]:
+        with profiles.temporarily(profiles.without_shrinking(hundred), seed=20261):
+            try:
+                tally = all_requirements()[slug].check(getattr(variant.make(), variant.contract))
+            except Declined:
+                continue
+        assert tally.comparisons["precision"] >= 10

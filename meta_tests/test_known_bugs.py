@@ -1,0 +1,40 @@
+"""Every documented bug is planted and caught, by the requirement whose rule it breaks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from conformance.harness import data
+from conformance.harness.kill_matrix import as_data, row
+from conformance.known_bugs import NOT_EXPRESSIBLE, all_known_bugs
+
+BUGS = all_known_bugs()
+RECORDED = data.kill_matrix()
+
+
+def test_every_catalogue_entry_is_planted_or_explained():
+    planted = {bug.entry for bug in BUGS.values()}
+    assert planted | set(NOT_EXPRESSIBLE) == set(data.catalogue())
+    assert planted & set(NOT_EXPRESSIBLE) == set()
+    assert all(entry in BUGS for entry in planted), "the plain id of an entry is planted"
+
+
+def test_the_recorded_matrix_has_every_planted_bug():
+    assert sorted(RECORDED) == sorted(BUGS), "run python fixtures/regenerate.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("id", BUGS)
+def test_planted_bug_is_caught(id):
+    """The gate catches the bug by its rule, and the recorded row is what the gate does."""
+    found = row(BUGS[id])
+    assert BUGS[id].breaks in found.caught_by
+    recorded = json.loads(json.dumps(as_data([found])[id]))
+    assert recorded == RECORDED[id], "run python fixtures/regenerate.py and read the diff"
