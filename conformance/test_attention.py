@@ -8,6 +8,7 @@ tolerance: queries are 0 and values one-hot, so that a key is seen exactly where
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -40,9 +41,9 @@ LONGFORMER = "arXiv 2004.05150, section 3.1; flash-attention window_size"
 GEMMA2 = "arXiv 2408.00118, section 2; google/gemma_pytorch"
 GPT_OSS = "openai/gpt-oss; transformers GptOssAttention"
 
-LEFT_WINDOWS = st.sampled_from([(1, 0), (0, 0), (2, 0), (3, 0)])
+LEFT_WINDOWS = st.sampled_from([(1, 0), (0, 0), (2, 0), (3, 0), (5, 0), (7, 0)])
 TWO_SIDED_WINDOWS = st.sampled_from([(1, 2), (0, 1), (3, 1), (None, 1), (2, None)])
-SCALES = st.sampled_from([0.12, 0.5, 1.0, 0.03])
+SCALES = st.sampled_from([0.12, 1.0, 0.5, 0.0])
 SOFTCAPS = st.sampled_from([2.0, 0.5, 5.0, 30.0])
 BOOLEAN_MASKS = st.sampled_from(["boolean", "boolean per head"])
 ADDITIVE_MASKS = st.sampled_from(["bias", "bias per head", "infinite"])
@@ -356,6 +357,40 @@ def test_decoding_keeps_the_window(attention, case, chunk):
     in_every_lane(case, lambda call: _check_chunks(attention, call, chunk), attention.device)
 
 
+@requirement("attention.window.with-padding", source="transformers#39408", level="extended")
+@given(
+    case=attention_cases(
+        causal=True,
+        window=LEFT_WINDOWS,
+        padding=st.sampled_from(["left", "right"]),
+        lengths="longer",
+    )
+)
+def test_window_and_padding_both_hold(attention, case):
+    """With a window and padding, a query sees the keys that both allow."""
+    assert_sees_exactly(attention, case)
+
+
+@requirement(
+    "attention.window.with-documents",
+    source="flash_attn_varlen_func, window_size",
+    level="extended",
+    confusable={"q_len = kv_len", "one batch row"},
+)
+@given(
+    case=attention_cases(
+        causal=st.booleans(),
+        window=LEFT_WINDOWS,
+        packing=st.sampled_from(["segments", "cumulative"]),
+        lengths="equal",
+        batch=1,
+    )
+)
+def test_window_and_documents_both_hold(attention, case):
+    """With a window and packed documents, a query sees the keys that both allow."""
+    assert_sees_exactly(attention, case)
+
+
 @requirement(
     "attention.window.wider-than-cache",
     source=LONGFORMER,
@@ -416,10 +451,10 @@ def test_boolean_and_additive_forms_agree(attention, case):
 @requirement("attention.mask.broadcasts", source=SDPA)
 @given(
     case=attention_cases(mask=st.sampled_from(["boolean", "bias"])),
-    part=st.sampled_from(["mask[:1]", "mask[:, :, :1]", "mask[:1, :, :1]"]),
+    part=st.sampled_from(["mask[:1]", "mask[:, :, :1]", "mask[:1, :, :1]", "mask[0, 0]"]),
 )
-def test_mask_broadcasts_over_batch_and_queries(attention, case, part):
-    """A mask with an axis of size 1 holds for every batch row, head or query."""
+def test_mask_broadcasts(attention, case, part):
+    """A mask with an axis of size 1, or of two axes only, holds for every row, head or query."""
 
     def check(call):
         shared = call.then(f"mask = {part}")
@@ -509,6 +544,13 @@ def test_padded_rows_equal_unpadded_runs(attention, case):
     in_every_lane(case, check, attention.device)
 
 
+@requirement("attention.padding.anywhere", source="transformers masking_utils", level="extended")
+@given(case=attention_cases(padding="holes", causal=st.booleans(), lengths="longer"))
+def test_padding_may_be_anywhere(attention, case):
+    """Keys that are padding may be anywhere in a row, between real ones too."""
+    assert_sees_exactly(attention, case)
+
+
 @requirement("attention.padding.content-changes-nothing", source="unslothai/unsloth#9848")
 @given(case=attention_cases(padding=st.sampled_from(["left", "right"])))
 def test_content_of_padding_changes_nothing(attention, case):
@@ -559,6 +601,38 @@ def test_nan_in_unwritten_slots_stays_there(attention, case):
 def test_nan_in_unwritten_slots_reaches_no_gradient(attention, case):
     """NaN in slots that were never written reaches no gradient; theirs is zero."""
     assert_gradients_match(attention, case)
+
+
+@requirement("attention.cache.nothing-written", source="vllm#936", level="extended")
+@given(case=attention_cases(cache="nan", causal=st.booleans(), lengths="longer"))
+def test_empty_cache_gives_zeros(attention, case):
+    """A row of which nothing was written gives zeros, whatever its slots hold."""
+
+    def check(call):
+        # A key that holds NaN must be hidden in every slot, so the row's slots are all poisoned.
+        edit = ("key_lengths[0] = 0", "k[0] = torch.nan", "v[0] = torch.nan")
+        emptied = call.then(*edit)
+        assert_close_to(run(attention, emptied), expected_output(emptied), emptied)
+
+    in_every_lane(case, check, attention.device)
+
+
+@requirement("attention.cache.shorter-than-queries", source=FLASH, level="extended")
+@given(case=attention_cases(cache="nan", causal=True, lengths="longer"))
+def test_cache_shorter_than_the_query_block_keeps_its_alignment(attention, case):
+    """With fewer written slots than queries the last query is still at the last written slot."""
+
+    def check(call):
+        shorter = call.then(
+            f"key_lengths[0] = {max(1, case.q_len // 2)}",
+            "unused = (torch.arange(k.shape[2], device=k.device) >= key_lengths[:, None])",
+            "unused = unused[:, None, :, None]",
+            "k, v = (x.masked_fill(unused, torch.nan) for x in (k, v))",
+        )
+        output = run(attention, shorter)
+        assert_close_where_keys_are_seen(output, expected_output(shorter), shorter)
+
+    in_every_lane(case, check, attention.device)
 
 
 @requirement("attention.cache.window", source="karpathy/nanochat#456", level="extended")
@@ -672,6 +746,39 @@ def test_packed_documents_equal_separate_runs(attention, case):
 def test_each_packed_document_is_aligned_to_its_last_key(attention, case):
     """With other cumulative lengths for keys, each document's last query sees all its keys."""
     assert_sees_exactly(attention, case)
+
+
+@requirement(
+    "attention.packed.cumulative-full",
+    source="flash_attn_varlen_func",
+    level="extended",
+    confusable={"one batch row", "q_len = kv_len"},
+)
+@given(case=attention_cases(packing="cumulative", lengths="equal", batch=1))
+def test_packed_documents_need_not_be_causal(attention, case):
+    """Without causal, a query sees every key of its own document."""
+    assert_sees_exactly(attention, case)
+
+
+@requirement(
+    "attention.packed.empty-document",
+    source="flash_attn_varlen_func",
+    level="extended",
+    confusable={"one batch row", "q_len = kv_len"},
+)
+@given(case=attention_cases(packing="cumulative", causal=True, lengths="equal", batch=1))
+def test_packed_document_may_be_empty(attention, case):
+    """A document without tokens between two others changes nothing."""
+
+    def check(call):
+        edits = [f"{name} = {name}[[0, 1, 1, *range(2, len({name}))]]" for name in CU_SEQLENS]
+        emptied = call.then(*edits)
+        assert_close_to(run(attention, emptied), expected_output(call), emptied)
+
+    in_every_lane(case, check, attention.device)
+
+
+CU_SEQLENS = ("cu_seqlens_q", "cu_seqlens_k")
 
 
 # Attention sinks
@@ -792,6 +899,22 @@ def test_log_sum_exp_includes_the_sink(attention, case):
     assert_lse_matches(attention, case)
 
 
+@requirement("attention.lse.with-options", source="arXiv 2205.14135", level="extended")
+@given(
+    case=attention_cases(
+        mask=st.sampled_from(["bias", "boolean", None]),
+        softcap=st.sampled_from([None, 2.0]),
+        window=st.sampled_from([None, (2, 3)]),
+        padding=st.sampled_from([None, "left"]),
+        lengths="longer",
+        magnitude=3.0,
+    )
+)
+def test_log_sum_exp_is_that_of_the_final_scores(attention, case):
+    """The log-sum-exp is over the visible keys, of scores after soft cap and additive mask."""
+    assert_lse_matches(attention, case)
+
+
 @requirement("attention.lse.empty-row-is-minus-infinity", source="pytorch#103963", level="extended")
 @given(case=attention_cases(mask="boolean"))
 def test_log_sum_exp_of_an_empty_row_is_minus_infinity(attention, case):
@@ -872,6 +995,29 @@ def test_gradients_of_causal_attention_match_the_oracle(attention, case):
 @given(case=attention_cases(mask=st.sampled_from(["boolean", "infinite", "bias"])))
 def test_gradients_with_masks_match_the_oracle(attention, case):
     """The gradients of masked attention match the oracle's; hidden keys have none."""
+    assert_gradients_match(attention, case)
+
+
+@requirement("attention.gradient.padding", source="unslothai/unsloth#9848")
+@given(case=attention_cases(padding=st.sampled_from(["left", "right"]), lengths="longer"))
+def test_gradients_with_padding_match_the_oracle(attention, case):
+    """The gradients of a padded batch match the oracle's; padding has none."""
+    assert_gradients_match(attention, case)
+
+
+@requirement(
+    "attention.gradient.packed",
+    source="flash_attn_varlen_func",
+    level="extended",
+    confusable={"q_len = kv_len", "one batch row"},
+)
+@given(
+    case=attention_cases(
+        packing=st.sampled_from(["segments", "cumulative"]), causal=True, lengths="equal", batch=1
+    )
+)
+def test_gradients_of_packed_documents_match_the_oracle(attention, case):
+    """The gradients of packed documents match the oracle's; none crosses a boundary."""
     assert_gradients_match(attention, case)
 
 
@@ -1136,6 +1282,78 @@ def test_odd_head_widths_work(attention, case):
     assert_matches_oracle(attention, case)
 
 
+@requirement("attention.extreme.values-beyond-float16", source="IEEE 754; bfloat16")
+@given(case=attention_cases(causal=st.booleans(), dtypes=("bfloat16",), lengths="longer"))
+def test_bfloat16_values_may_exceed_float16(attention, case):
+    """Values beyond 65504, which bfloat16 holds and float16 does not, stay finite and right."""
+
+    def check(call):
+        large = call.then("v = v * 2.0**20")
+        assert_close_to(run(attention, large), expected_output(large), large)
+
+    in_every_lane(case, check, attention.device)
+
+
+# Tiles: kernels work in blocks of 64 or 128 queries, keys and channels
+
+TILE_LENGTHS = ((64, 64), (65, 65), (128, 128), (130, 130), (66, 128), (5, 192), (129, 256))
+
+
+@requirement("attention.tiles.causal", source="flash-attention, block sizes")
+@given(case=attention_cases(causal=True, batch=2), lengths=st.sampled_from(TILE_LENGTHS))
+def test_causal_attention_is_right_across_tiles(attention, case, lengths):
+    """Causal attention sees exactly its keys across blocks of 64 and 128 queries and keys."""
+    assert_sees_exactly(attention, _resized(case, lengths))
+
+
+@requirement("attention.tiles.window", source="flash-attention, block sizes", level="extended")
+@given(
+    case=attention_cases(causal=True, window=st.sampled_from([(40, 0), (64, 0), (9, 0), (100, 0)])),
+    lengths=st.sampled_from([(130, 130), (66, 128), (5, 192)]),
+)
+def test_windows_are_exact_across_tiles(attention, case, lengths):
+    """A window that spans blocks of 64 and 128 shows exactly its keys."""
+    assert_sees_exactly(attention, _resized(case, lengths))
+
+
+@requirement("attention.tiles.matches-oracle", source="flash-attention, block sizes")
+@given(
+    case=attention_cases(causal=st.booleans(), padding=st.sampled_from([None, "right"])),
+    lengths=st.sampled_from(TILE_LENGTHS),
+)
+def test_attention_matches_the_oracle_across_tiles(attention, case, lengths):
+    """Attention of more than one block of queries and keys matches the oracle."""
+    assert_matches_oracle_where_keys_are_seen(attention, _resized(case, lengths))
+
+
+@requirement("attention.tiles.gradients", source="NATTEN#347")
+@given(
+    case=attention_cases(causal=True), lengths=st.sampled_from([(65, 65), (66, 128), (130, 130)])
+)
+def test_gradients_match_the_oracle_across_tiles(attention, case, lengths):
+    """The gradients of more than one block of queries and keys match the oracle's."""
+    assert_gradients_match(attention, _resized(case, lengths))
+
+
+@requirement("attention.tiles.widths", source="flash-attention, head dimensions up to 256")
+@given(case=attention_cases(widths=(128, 96, 160, 256), causal=st.booleans()))
+def test_wide_heads_match_the_oracle(attention, case):
+    """Heads of 96 to 256 channels use every channel."""
+    assert_matches_oracle(attention, case)
+
+
+@requirement("attention.tiles.many-heads", source=GQA)
+@given(case=attention_cases(heads=((16, 4), (24, 8), (32, 8)), causal=st.booleans()))
+def test_many_heads_match_the_oracle(attention, case):
+    """Sixteen query heads and more each read their own group."""
+    assert_matches_oracle(attention, case)
+
+
+def _resized(case, lengths):
+    """The case with other numbers of queries and keys."""
+    return replace(case, q_len=lengths[0], kv_len=lengths[1])
+
+
 # Precision
 
 
@@ -1166,7 +1384,7 @@ def test_error_does_not_grow_with_the_number_of_keys(attention, case):
     case=attention_cases(
         lengths="equal",
         causal=True,
-        mask=st.sampled_from([None, "boolean", "bias", "lowest"]),
+        mask=st.sampled_from([None, "boolean", "bias", "infinite"]),
         padding=st.sampled_from([None, "left", "right"]),
         scale=st.sampled_from([None, 0.2]),
         memory=st.sampled_from(["contiguous", "transposed", "fused"]),

@@ -59,6 +59,13 @@ def test_first_step_is_causal_attention(cached_attention, case):
     assert_steps_match(cached_attention, case)
 
 
+@requirement("cached_attention.steps.past-128-tokens", source=CACHE, level="extended")
+@given(case=cached_cases(schedule="past-128"))
+def test_a_cache_of_more_than_128_tokens_keeps_them_all(cached_attention, case):
+    """Steps that take a cache from below 128 tokens beyond see every token that came before."""
+    assert_steps_match(cached_attention, case)
+
+
 @requirement("cached_attention.window.one-token", source="karpathy/nanochat#456", level="extended")
 @given(case=cached_cases(schedule="ones", windowed=True))
 def test_decode_of_one_token_keeps_to_the_window(cached_attention, case):
@@ -94,6 +101,17 @@ def test_rows_count_from_behind_their_padding(cached_attention, case):
 def test_a_padded_row_is_as_it_is_alone(cached_attention, case):
     """Each row of a left-padded batch gives what it gives alone and without padding."""
     assert_rows_as_alone(cached_attention, case)
+
+
+@requirement(
+    "cached_attention.padding.ended-rows",
+    source="transformers GenerationMixin, unfinished_sequences",
+    level="extended",
+)
+@given(case=cached_cases(padded="ended"))
+def test_padding_of_ended_rows_takes_no_position(cached_attention, case):
+    """Rows that ended in a later step go on as if the padding since then had never been."""
+    assert_steps_match(cached_attention, case)
 
 
 @requirement(
@@ -138,6 +156,17 @@ def test_sinks_count_once(cached_attention, case):
 @given(case=cached_cases(scale=SCALES))
 def test_scale_that_is_given_is_used(cached_attention, case):
     """A given scale replaces the inverse square root of the width in every step."""
+    assert_steps_match(cached_attention, case)
+
+
+@requirement(
+    "cached_attention.scale.zero",
+    source="torch documentation, 'scaled_dot_product_attention'",
+    level="extended",
+)
+@given(case=cached_cases(scale=0.0))
+def test_scale_of_zero_is_a_scale(cached_attention, case):
+    """A scale of 0 is not taken for none: every visible token has the same weight in every step."""
     assert_steps_match(cached_attention, case)
 
 

@@ -55,11 +55,14 @@ YARN = "YaRN, arXiv 2309.00071; transformers _compute_yarn_parameters"
 LLAMA3 = "transformers _compute_llama3_parameters"
 LONGROPE = "LongRoPE, arXiv 2402.13753; transformers _compute_longrope_parameters"
 GEMMA3 = "Gemma 3, arXiv 2503.19786, section 2"
+FLASH_ROTARY = "Dao-AILab/flash-attention, ops/triton/rotary.py, BLOCK_M and BLOCK_K"
+LAGUNA = "transformers Laguna, partial_rotary_factor of a layer type"
 
 PAIRED_LAYOUTS = st.sampled_from(["half", "interleaved", "interleaved-to-half"])
 SCATTERED = st.sampled_from(["shuffled", "per-row", "offset"])
 ANY_RULE = st.sampled_from(RULES)
 FACTORS = st.sampled_from([1.0, 2.0, 0.5, 1.25])
+MANY = st.sampled_from([65, 128, 64, 130, 96, 129])
 
 
 # Output and inputs
@@ -281,6 +284,40 @@ def test_neighbouring_far_positions_differ(rotary, case):
     assert_neighbours_differ(rotary, case)
 
 
+# Sizes that kernels cut into tiles
+
+
+@requirement("rotary.tiles.widths", source=FLASH_ROTARY)
+@given(case=rotary_cases(positions=SCATTERED, widths=(128, 256, 80), partial=False))
+def test_every_pair_of_a_wide_head_turns(rotary, case):
+    """Heads of 80, 128 and 256 channels turn from the first pair to the last."""
+    assert_matches_oracle(rotary, case)
+
+
+@requirement("rotary.tiles.tokens", source=FLASH_ROTARY)
+@given(
+    case=rotary_cases(positions=st.sampled_from(["per-row", "offset"]), tokens=MANY, widths=(8, 12))
+)
+def test_every_token_of_a_long_call_turns(rotary, case):
+    """In calls of 64 to 130 tokens, each token turns by its position, also across a tile's edge."""
+    assert_matches_oracle(rotary, case)
+
+
+@requirement("rotary.tiles.every-layout", source=FLASH_ROTARY, level="extended")
+@given(
+    case=rotary_cases(
+        positions="per-row",
+        layout=any_layout(),
+        tokens=st.sampled_from([65, 9]),
+        widths=(128, 20),
+        telling_only=True,
+    )
+)
+def test_wide_heads_and_long_calls_turn_in_every_layout(rotary, case):
+    """Heads of 128 channels and calls of 65 tokens turn from first to last in every layout."""
+    assert_matches_oracle(rotary, case)
+
+
 # Frequencies
 
 
@@ -469,6 +506,18 @@ def test_yarn_takes_the_ratio_of_both_mscales(rotary, case):
     assert_matches_oracle(rotary, case)
 
 
+@requirement("rotary.yarn.mscale-alone", source=YARN, level="extended")
+@given(
+    case=rotary_cases(
+        positions="offset", rule="yarn", keys={"mscale": st.sampled_from([0.707, 1.5, 0.5])}
+    )
+)
+def test_yarn_does_not_use_mscale_alone(rotary, case):
+    """With mscale and without mscale_all_dim, the factor is 0.1 ln(factor) + 1 as without both."""
+    assert_calls_match(rotary, case, lambda call: call.then("positions = positions * 0"))
+    assert_matches_oracle(rotary, case)
+
+
 @requirement("rotary.yarn.truncate-off", source="openai/gpt-oss config; " + YARN, level="extended")
 @given(case=rotary_cases(positions=SCATTERED, rule="yarn", keys={"truncate": False}))
 def test_yarn_keeps_the_ramp_unrounded_without_truncate(rotary, case):
@@ -637,6 +686,13 @@ def test_each_layer_type_has_its_scaling(rotary, case):
 )
 def test_each_layer_type_has_its_yarn_range(rotary, case):
     """The range of YaRN's ramp is rounded or not as the table of the layer's own type says."""
+    assert_matches_oracle(rotary, case)
+
+
+@requirement("rotary.layers.partial", source=LAGUNA, level="extended")
+@given(case=layered_cases(differ="rotary_dim", positions=SCATTERED))
+def test_each_layer_type_has_its_rotated_width(rotary, case):
+    """A layer turns the first rotary_dim channels of its own type, and lets the others pass."""
     assert_matches_oracle(rotary, case)
 
 

@@ -18,6 +18,8 @@ VARIANTS = all_correct_variants()
 BROAD = {
     "attention": ("attention.combined.sequence", "attention.combined.everything"),
     "rotary": ("rotary.options.any-combination",),
+    "rotary_module": ("rotary_module.options.any-combination",),
+    "cached_attention": ("cached_attention.options.any-combination",),
 }
 
 

@@ -122,9 +122,8 @@ def test_planted_bug_fails_and_variant_passes_as_written(installed, tmp_path):
         block_that_starts("sh", "pytest conformance --impl known-bug").strip().splitlines()
     )
     for command, code in ((bug, 1), (variant, 0)):
-        command = command.replace(
-            "pytest conformance", "pytest --pyargs conformance.test_attention"
-        )
+        # A selection, because making the cases of a planted bug smaller takes a minute over all.
+        command = command.replace("pytest conformance", "pytest --pyargs conformance -k gqa")
         assert run(command, tmp_path, installed).returncode == code, command
 
 

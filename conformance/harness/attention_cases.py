@@ -14,9 +14,9 @@ from hypothesis.strategies import SearchStrategy
 from conformance.harness.calls import Call
 
 # Query and key/value heads. The first, to which cases shrink, can still tell the groups apart.
-HEADS = ((4, 2), (6, 2), (6, 3), (5, 1), (3, 3), (1, 1))
-GROUPED_HEADS = ((4, 2), (6, 2), (6, 3), (8, 2))
-WIDTHS = (8, 12, 16, 36, 64)
+HEADS = ((4, 2), (6, 2), (6, 3), (8, 4), (5, 1), (3, 3), (1, 1))
+GROUPED_HEADS = ((4, 2), (6, 2), (6, 3), (8, 2), (12, 4), (10, 5), (16, 8))
+WIDTHS = (8, 12, 16, 36, 64, 128)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -39,9 +39,11 @@ class AttentionCase:
     softcap: float | None = None
     mask: str | None = None
     """``boolean``, ``boolean per head``, ``bias``, ``bias per head``, ``infinite`` (0 or -inf) or
-    ``lowest`` (0 or the lowest finite number of the dtype); every row sees a key."""
+    ``lowest`` (0 or the lowest finite number of the dtype); every row sees a key. Not to be drawn
+    with padding: a row whose real keys are all at the lowest number is neither empty nor not."""
     padding: str | None = None
-    """``left`` or ``right``: keys that are padding, a different number in each row."""
+    """``left`` or ``right``: keys that are padding, a different number in each row; ``holes``:
+    padding anywhere."""
     cache: str | None = None
     """``nan`` or ``garbage``: a preallocated cache whose unused slots hold that."""
     packing: str | None = None
@@ -186,6 +188,9 @@ def _add_padding(case: AttentionCase, dtype: torch.dtype) -> tuple[list[str], di
         return [], {}
     real = _row_lengths(case, low=1)
     slot = f"torch.arange({case.kv_len})"
+    if case.padding == "holes":
+        line = f"key_valid = torch.rand({(case.batch, case.kv_len)}, generator=g) < 0.6"
+        return [line, "key_valid[:, 0] = True"], {"key_valid": "key_valid"}
     if case.padding == "left":
         line = f"key_valid = {slot} >= torch.tensor({[[case.kv_len - n] for n in real]})"
     else:
@@ -207,10 +212,10 @@ def _add_cache(case: AttentionCase, dtype: torch.dtype) -> tuple[list[str], dict
 
 def _add_packing(case: AttentionCase, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
     if case.packing == "segments":
-        # Three documents or more, at other places in each row.
+        # Three documents or more, at other places in each row; their ids need more than 8 bits.
         shift = f"torch.tensor({[[row] for row in range(case.batch)]})"
         segments = {
-            name: f"(torch.arange({length}) + {shift}) * 3 // {length}"
+            name: f"(torch.arange({length}) + {shift}) * 3 // {length} * 256"
             for name, length in (("q_segments", case.q_len), ("k_segments", case.kv_len))
         }
         lines = [f"{name} = {source}" for name, source in segments.items()]
@@ -236,15 +241,17 @@ def _add_positions(case: AttentionCase, dtype: torch.dtype) -> tuple[list[str], 
         return [], {}
     random = Random(case.seed)
     k_positions, q_positions = [], []
+    # Often beyond what bfloat16 (256) and float16 (2048) count exactly.
+    far = random.choice((0, 300, 5000))
     for _ in range(case.batch):
         if case.positions == "ring":
             # After `total` tokens, slot s holds the newest position p with p % kv_len == s.
-            total = case.kv_len + random.randrange(1, case.kv_len + 1)
+            total = far + case.kv_len + random.randrange(1, case.kv_len + 1)
             slots = [s + (total - 1 - s) // case.kv_len * case.kv_len for s in range(case.kv_len)]
             queries = list(range(total - case.q_len, total))
         else:
-            total = case.kv_len + 4
-            slots = random.sample(range(total), case.kv_len)
+            total = far + case.kv_len + 4
+            slots = random.sample(range(far, total), case.kv_len)
             queries = [random.randrange(min(slots), total) for _ in range(case.q_len)]
         k_positions.append(slots)
         q_positions.append(queries)

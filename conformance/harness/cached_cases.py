@@ -43,7 +43,8 @@ class CachedCase:
     sinks: bool = False
     padded: str | None = None
     """``left`` or ``right``: the first step of each row begins or ends with padding, of a different
-    length in each row."""
+    length in each row. ``ended``: rows end in the midst of later steps, have padding while others
+    go on, and go on themselves in a later step."""
 
     def __repr__(self) -> str:
         """The sizes, and whatever else is not at its default."""
@@ -68,7 +69,7 @@ class CachedCase:
             equal.add("a single step")
         if self.window is not None and self.window >= sum(self.schedule) - 1:
             equal.add("window covers every key")
-        if self.padded and max(self.padding()) == 0:
+        if self.padded and all(begin == end for begin, end in self.padding_slots()):
             equal.add("no padding")
         if self.theta == 10000.0:
             equal.add("theta = 10000")
@@ -76,9 +77,27 @@ class CachedCase:
 
     def padding(self) -> list[int]:
         """How many tokens of the first step are padding in each row."""
-        if not self.padded:
+        if self.padded not in ("left", "right"):
             return [0] * self.batch
         return [(row + self.seed) % self.schedule[0] for row in range(self.batch)]
+
+    def padding_slots(self) -> list[tuple[int, int]]:
+        """The first slot of each row's padding, and the one behind it."""
+        first = self.schedule[0]
+        if self.padded == "ended":
+            return self._ended_slots()
+        if self.padded == "right":
+            return [(first - n, first) for n in self.padding()]
+        return [(0, n) for n in self.padding()]
+
+    def _ended_slots(self) -> list[tuple[int, int]]:
+        random, ends = Random(self.seed), list(itertools.accumulate(self.schedule))
+        slots = []
+        for row in range(self.batch):
+            resumed = random.choice(ends[1:-1])
+            goes_on = self.batch > 1 and row == self.seed % self.batch
+            slots.append((resumed if goes_on else random.randrange(ends[0], resumed), resumed))
+        return slots
 
     def rotary_options(self) -> dict[str, Any]:
         """The options of the rotary embedding."""
@@ -109,14 +128,10 @@ class CachedCase:
             lines.append(f"q, k, v = (x.to({dtype}) for x in (q, k, v))")
         moved, options = ["q", "k", "v"], {"rotary": repr(self.rotary_options())}
         if self.padded:
-            begin = [[n] if self.padded == "left" else [0] for n in self.padding()]
-            end = [
-                [self.schedule[0] - (n if self.padded == "right" else 0)] for n in self.padding()
-            ]
+            begin, end = ([[slot] for slot in slots] for slots in zip(*self.padding_slots()))
             lines += [
                 f"slot = torch.arange({tokens})",
-                f"key_valid = (slot >= torch.tensor({begin})) & (slot < torch.tensor({end}))",
-                f"key_valid |= slot >= {self.schedule[0]}",
+                f"key_valid = (slot < torch.tensor({begin})) | (slot >= torch.tensor({end}))",
             ]
             moved.append("key_valid")
         if self.window is not None:
@@ -161,10 +176,11 @@ def cached_cases(
     """Cases with ``options`` (fields of CachedCase, each a value or a strategy).
 
     ``schedule`` is ``mixed`` (steps of one and of several tokens), ``ones`` or ``threes`` (a first
-    step of several tokens, then steps of that many) or ``single``. A window is shorter than the
-    sequence and crossed several times. ``windows``
-    are the tokens that it reaches back. ``rule`` is ``linear``, ``yarn``, ``yarn-scores`` (with
-    mscale_all_dim) or ``llama3``. Three cases in four have sizes that cannot be confused.
+    step of several tokens, then steps of that many), ``single`` or ``past-128`` (a first step of
+    about 128 tokens, then steps of one and three). A window is shorter than the sequence and
+    crossed several times; ``windows`` are the tokens that it reaches back. ``rule`` is ``linear``,
+    ``yarn``, ``yarn-scores`` (with mscale_all_dim) or ``llama3``. Three cases in four have sizes
+    that cannot be confused.
     """
     convenient = draw(st.integers(0, 3)) == 3
     q_heads, kv_heads = draw(st.sampled_from(OTHER_HEADS if convenient else GROUPED_HEADS))
@@ -188,12 +204,14 @@ def cached_cases(
         scaling=_draw_scaling(draw, rule),
         **{name: _draw(draw, option) for name, option in options.items()},
     )
-    if case.padded and case.schedule[0] == 1:
+    if case.padded in ("left", "right") and case.schedule[0] == 1:
         case = replace(case, schedule=(batch + 1, *case.schedule[1:]))
     return case
 
 
 def _draw_schedule(draw: st.DrawFn, kind: str) -> tuple[int, ...]:
+    if kind == "past-128":
+        return (draw(st.sampled_from((126, 128, 127, 131, 129))), 1, 3, 1, 3)
     first = draw(st.sampled_from((5, 6, 1, 9)))
     if kind == "single":
         return (first + 6,)  # more tokens than rows or heads

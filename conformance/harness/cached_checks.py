@@ -56,7 +56,9 @@ def token_positions(call: CachedCall) -> Tensor:
 def attention_options(call: CachedCall, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of one causal pass over the whole sequence."""
     positions = token_positions(call)
-    scale = options.get("scale") or call.case.head_dim**-0.5
+    scale = options.get("scale")
+    if scale is None:
+        scale = call.case.head_dim**-0.5
     return {
         "causal": True,
         "window": options.get("window"),

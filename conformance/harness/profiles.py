@@ -6,10 +6,13 @@ Any other profile that is asked for by name (``--hypothesis-profile``) is used a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import InvalidArgument
+from hypothesis.internal.cache import LRUCache
+from hypothesis.internal.conjecture import providers
 
 _COMMON = {
     "deadline": None,  # requirements have a deadline of their own; first calls compile
@@ -75,3 +78,29 @@ def temporarily(profile: settings, *, seed: int | None = None):
 def without_shrinking(profile: settings) -> settings:
     """The same settings, stopping at the first failing case."""
     return settings(profile, phases=_WITHOUT_SHRINKING)
+
+
+@contextmanager
+def without_local_constants() -> Iterator[None]:
+    """Draw cases that do not depend on which other modules happen to be loaded.
+
+    Hypothesis mixes constants from the source of every local module into what it draws, so that a
+    derandomized run would draw other cases in another repository, or after a change of unrelated
+    code. There is no setting for it; where its internals have changed, nothing is done here.
+    """
+    names = ("_get_local_constants", "CONSTANTS_CACHE")
+    before = {name: getattr(providers, name) for name in names if hasattr(providers, name)}
+    if len(before) < len(names):
+        yield
+        return
+    providers._get_local_constants = lambda: _NO_CONSTANTS
+    providers.CONSTANTS_CACHE = _ALLOWED_CONSTANTS
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(providers, name, value)
+
+
+_NO_CONSTANTS = providers.Constants() if hasattr(providers, "Constants") else None
+_ALLOWED_CONSTANTS = LRUCache(1024)

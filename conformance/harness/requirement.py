@@ -93,8 +93,13 @@ class Requirement:
             message = f"every case that ran was degenerate ({seen})"
             if tally.declined:
                 raise Inconclusive(f"{message}; declined: {'; '.join(tally.declined)}")
+            if tally.drawn < ENOUGH_CASES:
+                raise Inconclusive(f"{message}, of the {tally.drawn} that were drawn")
             raise HarnessError(f"{self.slug}: {message}")
 
+
+ENOUGH_CASES = 10
+"""With fewer cases (a profile of one's own) none being telling is chance; with more, our fault."""
 
 REGISTRY: dict[str, Requirement] = {}
 
@@ -155,7 +160,7 @@ def _run(record: Requirement, test: Callable, subjects: Mapping[str, Any], secon
     test._hypothesis_internal_use_seed = profiles.seed()
     token = _tally.set(tally)
     try:
-        with deadline(seconds):
+        with deadline(seconds), profiles.without_local_constants():
             try:
                 test(**wrapped)
             except BaseExceptionGroup as group:

@@ -164,6 +164,9 @@ class RotaryCase:
         if self.positions in ("sequence", "offset"):
             span = f"{self.start}, {self.start + self.tokens}"
             return f"positions = torch.arange({span}).repeat({self.batch}, 1)"
+        if self.positions in ("per-row", "far"):
+            first = [row[:1] for row in self.position_rows()]
+            return f"positions = torch.tensor({first}) + torch.arange({self.tokens})"
         return f"positions = torch.tensor({self.position_rows()})"
 
     def _memory_lines(self) -> list[str]:
@@ -239,10 +242,11 @@ def rotary_cases(
     elif partial and not rotary_dims:
         head_dim = max(fits)
         rotary_dims = list(range(fewest, head_dim, multiple))
+    tokens = _draw(draw, options.pop("tokens", tokens))
     case = RotaryCase(
         batch=batch,
         heads=heads,
-        tokens=options.pop("tokens", tokens),
+        tokens=tokens,
         head_dim=head_dim,
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 2**16)),
@@ -311,16 +315,19 @@ def layered_cases(
     """Cases with a table of options for each of three types of layer, for one of the types.
 
     ``rules`` are the scaling rules and ``keys`` what their tables must hold. Tables of ``local``
-    and ``global`` layers differ in ``theta``, ``scaling`` or ``both``; layers of the type ``none``
-    do not rotate.
+    and ``global`` layers differ in ``theta``, ``scaling`` or ``both``, or in ``rotary_dim``; layers
+    of the type ``none`` do not rotate.
     """
     case = draw(rotary_cases(**options))
     thetas = draw(st.permutations(THETAS))
     scaling = _draw_scaling(draw, draw(st.sampled_from(rules)), case, "any", keys or {})
     local: dict[str, Any] = {"theta": thetas[0]}
-    distant: dict[str, Any] = {"theta": thetas[0] if differ == "scaling" else thetas[1]}
-    if differ != "theta":
+    distant: dict[str, Any] = {"theta": thetas[1] if differ in ("theta", "both") else thetas[0]}
+    if differ in ("scaling", "both"):
         distant["scaling"] = scaling
+    if differ == "rotary_dim":
+        widths = draw(st.permutations(range(4, case.head_dim + 1, 2)))
+        local["rotary_dim"], distant["rotary_dim"] = widths[:2]
     tables = {"local": tuple(local.items()), "global": tuple(distant.items()), "none": None}
     order = draw(st.permutations(list(tables)))
     return _with(

@@ -1,0 +1,69 @@
+"""No requirement is vacuous: a planted bug or a mutant fails each of them."""
+
+import json
+
+import pytest
+import torch
+from command_line import ROOT
+from mutants import MUTANTS
+
+from conformance.harness.requirement import all_requirements
+from conformance.implementations.reference import Reference
+from conformance.known_bugs import all_known_bugs
+
+KILL_MATRIX = ROOT / "fixtures" / "kill_matrix.json"
+AGAIN = "write it anew: python fixtures/regenerate.py"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def kill_matrix():
+    assert KILL_MATRIX.exists(), f"{KILL_MATRIX.name} is missing; {AGAIN}"
+    return json.loads(KILL_MATRIX.read_text())
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_fails_the_requirement_it_breaks(name):
+    mutant = MUTANTS[name]
+    failure = mutant.fails()
+    assert failure is not None, f"{mutant.breaks} passes although: {mutant.wrong}"
+    assert not failure.kind.startswith("raised"), f"the mutant crashes: {failure.summary}"
+
+
+@pytest.mark.parametrize("slug", sorted({mutant.breaks for mutant in MUTANTS.values()}))
+def test_the_reference_passes_what_mutants_fail(slug):
+    record = all_requirements()[slug]
+    record.check(getattr(Reference(), record.contract))
+
+
+def test_every_requirement_fails_for_something(kill_matrix):
+    fails = {slug for row in kill_matrix.values() for slug in row["caught_by"]}
+    fails |= {mutant.breaks for mutant in MUTANTS.values()}
+    cannot = set(all_requirements()) - fails
+    assert not cannot, f"nothing fails {sorted(cannot)}: plant a bug or add a mutant; or {AGAIN}"
+
+
+def test_every_planted_bug_is_in_the_matrix(kill_matrix):
+    bugs = all_known_bugs()
+    assert set(kill_matrix) == set(bugs), AGAIN
+    for id, row in kill_matrix.items():
+        found = (row["contract"], row["breaks"])
+        assert found == (bugs[id].contract, bugs[id].breaks), f"{id}: {AGAIN}"
+
+
+def test_every_planted_bug_fails_the_requirement_whose_rule_it_breaks(kill_matrix):
+    missed = [id for id, row in kill_matrix.items() if row["breaks"] not in row["caught_by"]]
+    assert not missed, f"{missed} pass the requirement that they break"
+
+
+def test_names_of_requirements_are_known(kill_matrix):
+    named = {slug for row in kill_matrix.values() for slug in (*row["caught_by"], row["breaks"])}
+    named |= {mutant.breaks for mutant in MUTANTS.values()}
+    assert named <= set(all_requirements()), AGAIN
