@@ -43,7 +43,7 @@ GPT_OSS = "openai/gpt-oss; transformers GptOssAttention"
 
 LEFT_WINDOWS = st.sampled_from([(1, 0), (0, 0), (2, 0), (3, 0), (5, 0), (7, 0)])
 TWO_SIDED_WINDOWS = st.sampled_from([(1, 2), (0, 1), (3, 1), (None, 1), (2, None)])
-SCALES = st.sampled_from([0.12, 1.0, 0.5, 0.0])
+SCALES = st.sampled_from([0.12, 1.0, 0.5])
 SOFTCAPS = st.sampled_from([2.0, 0.5, 5.0, 30.0])
 BOOLEAN_MASKS = st.sampled_from(["boolean", "boolean per head"])
 ADDITIVE_MASKS = st.sampled_from(["bias", "bias per head", "infinite"])
@@ -271,6 +271,13 @@ def test_default_scale_is_the_inverse_square_root_of_the_key_width(attention, ca
 @given(case=attention_cases(scale=SCALES, causal=st.booleans(), magnitude=2.0))
 def test_explicit_scale_replaces_the_default(attention, case):
     """An explicit scale is the factor on the scores, alone."""
+    assert_matches_oracle(attention, case)
+
+
+@requirement("attention.scale.zero", source=SDPA, level="extended", confusable={"q_len = kv_len"})
+@given(case=attention_cases(scale=st.just(0.0), causal=st.booleans(), lengths="equal"))
+def test_scale_of_zero_weighs_evenly(attention, case):
+    """A scale of zero is a scale, not none given: every visible key weighs the same."""
     assert_matches_oracle(attention, case)
 
 

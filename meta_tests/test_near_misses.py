@@ -69,7 +69,7 @@ class ScaleOfOneIsDefault(Attention):
         return q.shape[-1] ** -0.5 if scale in (None, 1.0) else scale
 
 
-@near_miss("attention.scale.explicit")
+@near_miss("attention.scale.zero")
 class FalsyScaleIsDefault(Attention):
     """``scale or default``: a scale of 0 is taken for none given."""
 
@@ -413,11 +413,11 @@ class BiasOfFirstHead(Attention):
 
 @near_miss("attention.mask.broadcasts")
 class MaskOfTwoAxes(Attention):
-    """A mask without axes for batch and heads, [queries, keys], is refused."""
+    """A mask without axes for batch and heads, [queries, keys], is taken for none."""
 
     def attention(self, q, k, v, *, mask=None, **options):
         if mask is not None and mask.ndim == 2:
-            raise RuntimeError("a mask has four axes")
+            mask = None
         return super().attention(q, k, v, mask=mask, **options)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from command_line import ROOT
 from mutants import MUTANTS
+from test_near_misses import NEAR
 
 from conformance.harness.requirement import all_requirements
 from conformance.implementations.reference import Reference
@@ -45,7 +46,7 @@ def test_the_reference_passes_what_mutants_fail(slug):
 
 def test_every_requirement_fails_for_something(kill_matrix):
     fails = {slug for row in kill_matrix.values() for slug in row["caught_by"]}
-    fails |= {mutant.breaks for mutant in MUTANTS.values()}
+    fails |= {wrong.breaks for wrong in (*MUTANTS.values(), *NEAR.values())}
     cannot = set(all_requirements()) - fails
     assert not cannot, f"nothing fails {sorted(cannot)}: plant a bug or add a mutant; or {AGAIN}"
 

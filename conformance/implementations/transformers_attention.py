@@ -87,9 +87,9 @@ class _TransformersAttention(TransformersRotary, TransformersCached):
         return ALL_ATTENTION_FUNCTIONS[self.kind]
 
     def given_mask(self, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """A caller's own 4D mask, in the form that this function takes: boolean or to be added."""
+        """A caller's own mask as the 4D mask that this function takes: boolean or to be added."""
         sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        mask = mask.expand(sizes[0], -1, *sizes[2:])
+        mask = mask[(None,) * (4 - mask.ndim)].expand(sizes[0], -1, *sizes[2:])
         if mask.dtype == torch.bool and self.kind == "eager":
             zero = torch.zeros((), dtype=q.dtype, device=q.device)
             return torch.where(mask, zero, torch.finfo(q.dtype).min)
