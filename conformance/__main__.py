@@ -95,6 +95,7 @@ def bugs() -> list[dict[str, Any]]:
                     "reason": reason,
                     "breaks": None,
                     "caught_by": [],
+                    "without_precision_lane": None,
                     "title": entry["title"],
                     "source": entry["source"],
                 }
@@ -113,6 +114,7 @@ def _planted_row(bug: Any, entry: dict[str, Any], matrix: dict[str, Any]) -> dic
         "reason": None,
         "breaks": bug.breaks,
         "caught_by": list(measured.get("caught_by", [])) if measured else None,
+        "without_precision_lane": measured.get("without_precision_lane") if measured else None,
         "title": entry.get("title", bug.mechanism),
         "source": entry.get("source"),
     }
@@ -142,10 +144,11 @@ def _bug_lines(rows: list[dict[str, Any]]) -> Iterable[str]:
     planted = [row for row in rows if row["status"] == "planted"]
     caught = sum(bool(row["caught_by"]) for row in planted)
     other = len({row["entry"] for row in rows if row["status"] != "planted"})
+    alone = sum(bool(row["without_precision_lane"]) for row in planted)
     unmeasured = sum(row["caught_by"] is None for row in planted)
     yield (
         f"{len({row['entry'] for row in rows})} entries; {len(planted)} bugs planted, "
-        f"{caught} caught"
+        f"{caught} caught, {alone} of them by the semantic and exact lanes alone"
         f"{f', {unmeasured} not measured' if unmeasured else ''}; {other} entries not planted"
     )
 

@@ -12,6 +12,7 @@ from conformance.correct_variants import all_correct_variants
 from conformance.harness import profiles
 from conformance.harness.failures import Declined
 from conformance.harness.kill_matrix import failures
+from conformance.harness.memo import keep_whole_gate
 from conformance.harness.requirement import all_requirements
 
 VARIANTS = all_correct_variants()
@@ -24,8 +25,9 @@ BROAD = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
+def many_implementations_meet_the_same_cases():
     torch.set_num_threads(1)
+    keep_whole_gate()
 
 
 def test_there_are_variants_of_both_contracts():

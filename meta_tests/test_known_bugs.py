@@ -9,6 +9,7 @@ import torch
 
 from conformance.harness import data
 from conformance.harness.kill_matrix import as_data, row
+from conformance.harness.memo import keep_whole_gate
 from conformance.known_bugs import NOT_EXPRESSIBLE, all_known_bugs
 
 BUGS = all_known_bugs()
@@ -27,8 +28,9 @@ def test_the_recorded_matrix_has_every_planted_bug():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
+def many_implementations_meet_the_same_cases():
     torch.set_num_threads(1)
+    keep_whole_gate()
 
 
 @pytest.mark.parametrize("id", BUGS)

@@ -85,7 +85,10 @@ def test_adapter_commands_run_as_written(adapter_folder, installed):
     result = run(whole, adapter_folder, installed)
     assert result.returncode == 0, result.stdout
     assert "verdict partial" in result.stdout
-    assert str(ROOT) not in result.stdout, "the checkout was used instead of the wheel"
+    imported = run(
+        "python -c 'import conformance; print(conformance.__file__)'", adapter_folder, installed
+    )
+    assert Path(imported.stdout.strip()).is_relative_to(installed), "not the wheel was tested"
 
 
 def test_own_repository_runs_the_requirements(adapter_folder, installed):
@@ -145,3 +148,11 @@ def test_default_profile_and_exit_codes_are_those_of_the_code():
         from conformance.implementations import BUNDLED
 
         assert name in BUNDLED or name in ("known-bug", "variant", "my", "NAME")
+
+
+def test_the_numbers_of_requirements_are_those_of_the_suite():
+    from conformance.harness.requirement import all_requirements
+
+    requirements = all_requirements().values()
+    assert f"{len(requirements)} requirements in the suite" in README
+    assert f"of {sum(r.level == 'core' for r in requirements)} core requirements" in README

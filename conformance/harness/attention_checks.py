@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from conformance.harness.calls import Call, dtype_name, in_float64
 from conformance.harness.compare import assert_close_to, assert_tensor
 from conformance.harness.failures import ConformanceFailure, failing_at
 from conformance.harness.lanes import in_every_lane
+from conformance.harness.memo import remembered
 from conformance.harness.subject import Subject
 from conformance.harness.tolerance import Expectation, expect
 from reference_impl.attention import Attention, merge_attention
@@ -84,14 +84,14 @@ def floor_variants(dtype: torch.dtype) -> list[Attention]:
     return [*orders, _Blockwise(dtype)]
 
 
-@functools.lru_cache(maxsize=2048)
+@remembered
 def oracle_output(call: Call) -> Tensor:
     """The output in float64, without limits, for checks that need none."""
     arguments, options = in_float64(call.values())
     return Attention().attention(*arguments, **options)
 
 
-@functools.lru_cache(maxsize=8192)
+@remembered
 def expected_output(call: Call) -> Expectation:
     """What the oracle says of the output [batch, q_heads, q_len, value_dim] of ``call``."""
     arguments, options = in_float64(call.values())
@@ -121,7 +121,7 @@ def output_noise(recorded: _Recorded, value: Tensor) -> Tensor:
     return value.abs() + rounding.sqrt()
 
 
-@functools.lru_cache(maxsize=2048)
+@remembered
 def expected_lse(call: Call) -> Expectation:
     """What the oracle says of the log-sum-exp [batch, q_heads, q_len] of ``call``."""
     arguments, options = in_float64(call.values())
@@ -175,7 +175,7 @@ def assert_matches_oracle(attention: Subject, case: Any) -> None:
     in_every_lane(case, check, attention.device)
 
 
-@functools.lru_cache(maxsize=2048)
+@remembered
 def rows_without_keys(call: Call) -> Tensor:
     """Which queries see no key, bool [batch, q_heads, q_len]."""
     arguments, options = in_float64(call.values())
@@ -285,7 +285,7 @@ def upstream_gradient(call: Call) -> Tensor:
     return torch.randn(shape, generator=generator).to(q.dtype).to(q.device)
 
 
-@functools.lru_cache(maxsize=2048)
+@remembered
 def expected_gradients(call: Call) -> dict[str, Expectation]:
     """What the oracle says of each gradient of ``call``."""
     arguments, options = in_float64(call.values())

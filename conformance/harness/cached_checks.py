@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from conformance.harness.calls import in_float64
 from conformance.harness.compare import assert_close_to, assert_identical, assert_tensor
 from conformance.harness.failures import ConformanceFailure, failing_at
 from conformance.harness.lanes import in_every_lane
+from conformance.harness.memo import remembered
 from conformance.harness.rotary_checks import floor_variants as rotary_variants
 from conformance.harness.rotary_checks import rotation_noise
 from conformance.harness.subject import Subject, changes_caught, errors_named, reject_alias
@@ -69,7 +69,7 @@ def attention_options(call: CachedCall, options: Mapping[str, Any]) -> dict[str,
     }
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
 def expected_output(call: CachedCall) -> Expectation:
     """What the oracle says of the output [batch, q_heads, tokens, value_dim]; 0 at padding."""
     tensors, _ = inputs_of(call)

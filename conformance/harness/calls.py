@@ -6,13 +6,14 @@ torch and a seeded generator, and nothing of this package.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from conformance.harness.memo import remembered
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Call:
         return f"{self.contract}({', '.join((*self.arguments, *options))})"
 
 
-@functools.lru_cache(maxsize=8192)
+@remembered
 def _execute(lines: tuple[str, ...]) -> dict[str, Any]:
     namespace: dict[str, Any] = {"torch": torch}
     exec(compile("\n".join(lines), "<reproduction>", "exec"), namespace)

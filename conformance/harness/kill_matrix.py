@@ -14,6 +14,7 @@ from conformance.correct_variants import CorrectVariant, all_correct_variants
 from conformance.harness import profiles
 from conformance.harness.failures import ConformanceFailure, Declined, Inconclusive, NotRun
 from conformance.harness.lanes import PRECISION, semantic_and_exact_only
+from conformance.harness.memo import keep_whole_gate
 from conformance.harness.requirement import all_requirements
 from conformance.known_bugs import PlantedBug, all_known_bugs
 
@@ -108,11 +109,12 @@ def _false_alarms_of_seed(seed: int) -> list[tuple[str, Kill]]:
 
 def _in_processes(function, work: list, processes: int) -> list:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_prepare) as pool:
         return list(pool.map(function, work))
 
 
-def _one_thread() -> None:
+def _prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
+    keep_whole_gate()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from conformance.harness.compare import (
 )
 from conformance.harness.failures import ConformanceFailure, failing_at
 from conformance.harness.lanes import EXACT, dtypes_of, in_every_lane
+from conformance.harness.memo import remembered
 from conformance.harness.requirement import current_tally
 from conformance.harness.rotary_cases import RotaryCase
 from conformance.harness.subject import Subject
@@ -112,7 +112,7 @@ def rotation_noise(x: Tensor, positions: Tensor, options: Mapping[str, Any], dty
     return value, noise
 
 
-@functools.lru_cache(maxsize=2048)
+@remembered
 def expected_output(call: Call) -> Expectation:
     """What the oracle says of the output [batch, heads, tokens, head_dim] of ``call``."""
     (x, positions), options = in_float64(call.values())
@@ -311,7 +311,7 @@ def pair_norms(case: RotaryCase, output: Tensor) -> Tensor:
     return torch.hypot(first, second)
 
 
-@functools.lru_cache(maxsize=512)
+@remembered
 def expected_norms(call: Call) -> Expectation:
     """The lengths of the pairs of the input."""
     x, case = in_float64(call.values())[0][0], call.case
@@ -344,7 +344,7 @@ def key_call(call: Call, shift: int) -> Call:
     return call.then("x = x.flip(1, 3) * 0.75", f"positions = positions.flip(1) + {shift}")
 
 
-@functools.lru_cache(maxsize=512)
+@remembered
 def expected_scores(call: Call, shift: int) -> Expectation:
     """Scores [batch, heads, tokens, tokens] before the shift, and the noise after it."""
     unshifted = [
@@ -415,7 +415,7 @@ def gradient(
     return torch.autograd.grad(output, leaf, upstream, allow_unused=True)[0]
 
 
-@functools.lru_cache(maxsize=512)
+@remembered
 def expected_gradient(call: Call) -> Expectation:
     """What the oracle says of the gradient [batch, heads, tokens, head_dim]."""
     (x, positions), options = in_float64(call.values())
