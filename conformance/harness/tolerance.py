@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 # The relative error of one elementary step. For the 16-bit dtypes one rounding to nearest; for
-# float32 sixteen roundings, because correct kernels use exponentials of up to 20 ulp (exp_u20 in torch's
-# flash kernel for the CPU) and sum in any order.
+# float32 sixteen roundings, because correct kernels use exponentials of up to 20 ulp (torch's flash
+# kernel for the CPU has exp_u20) and sum in any order.
 STEP_ERROR = {
     torch.float64: 2.0**-48,
     torch.float32: 2.0**-20,
