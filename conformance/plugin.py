@@ -135,6 +135,7 @@ attention = _contract_fixture("attention")
 rotary = _contract_fixture("rotary")
 rotary_module = _contract_fixture("rotary_module")
 cached_attention = _contract_fixture("cached_attention")
+gpt_checkpoint = _contract_fixture("gpt_checkpoint")
 
 
 # Collection

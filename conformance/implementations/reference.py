@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from reference_impl.attention import Attention
 from reference_impl.cached_attention import CachedAttention
+from reference_impl.gpt import CheckpointReader
 from reference_impl.rotary import Rotary, RotaryModule
 
 
@@ -17,3 +18,7 @@ class Reference(Attention, Rotary):
     def cached_attention(self, **options) -> CachedAttention:
         """See :class:`conformance.contracts.CachedAttention`."""
         return CachedAttention(**options)
+
+    def gpt_checkpoint(self, source, **options) -> CheckpointReader:
+        """See :class:`conformance.contracts.GPTCheckpoint`."""
+        return CheckpointReader(source, **options)

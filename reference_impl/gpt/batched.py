@@ -9,12 +9,16 @@ Every step is a method of :class:`GPTBatched`, so that a planted bug replaces on
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference_impl.gpt import layers, masks
-from reference_impl.gpt.config import GPTConfig, VALUE_EMBEDDINGS
+from reference_impl.gpt.config import VALUE_EMBEDDINGS, GPTConfig
+from reference_impl.gpt.files import save_state
 
 
 class Block(nn.Module):
@@ -106,6 +110,14 @@ class GPTBatched(nn.Module):
             x = x + self.mlp(layer, layers.norm(x))
             outputs.append(x)
         return layers.norm(x)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of the checkpoint; see :func:`to_state`."""
+        return to_state(self)
+
+    def save(self, path: str | os.PathLike[str], *, prefix: str = "", **entries: Any) -> None:
+        """Write the checkpoint; see :func:`reference_impl.gpt.save_checkpoint`."""
+        save_state(to_state(self), path, prefix=prefix, **entries)
 
     def check_input(
         self,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference_impl.gpt.batched import GPTBatched, from_state, to_state
+from reference_impl.gpt.batched import GPTBatched, from_state
 from reference_impl.gpt.config import (
     BLOCK_WITHOUT_ATTENTION,
     FEWEST_LAYERS,
@@ -37,7 +37,6 @@ from reference_impl.gpt.files import (
     StoredCheckpoint,
     StoredTensor,
     open_checkpoint,
-    write_atomically,
 )
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -344,11 +343,4 @@ def save_checkpoint(
     with ``model`` and ``entries`` (``step``, ``val_loss`` …). ``prefix`` goes in front of every name
     (``"_orig_mod."``). The old file stays until the new one is whole.
     """
-    state = {f"{prefix}{key}": tensor.contiguous() for key, tensor in to_state(model).items()}
-    if str(path).endswith(".safetensors"):
-        from safetensors.torch import save
-
-        data = save({key: tensor.cpu() for key, tensor in state.items()})
-        write_atomically(path, lambda file: file.write(data))
-    else:
-        write_atomically(path, lambda file: torch.save({"model": state, **entries}, file))
+    model.save(path, prefix=prefix, **entries)

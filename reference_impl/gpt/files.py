@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 CHUNK = 1 << 24
@@ -259,6 +260,7 @@ class ArchivedTensor:
     layout: Strided
 
     def __call__(self) -> Tensor:
+        """A new tensor."""
         with self.path.open("rb") as file:
             offset = next(iter(data_offsets(self.path, [self.record])), 0)
             file.seek(offset)
@@ -339,6 +341,7 @@ class SafeTensor:
     shape: tuple[int, ...]
 
     def __call__(self) -> Tensor:
+        """A new tensor."""
         with self.path.open("rb") as file:
             file.seek(self.place[0])
             storage, _ = read_bytes(file, self.place[1], str(self.path), self.key)
@@ -361,3 +364,15 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def save_state(
+    state: Mapping[str, Tensor], path: str | os.PathLike[str], *, prefix: str = "", **entries: Any
+) -> None:
+    """Write a state dictionary as safetensors (by the path's suffix) or as a training dictionary."""
+    state = {f"{prefix}{key}": tensor.cpu().contiguous() for key, tensor in state.items()}
+    if str(path).endswith(".safetensors"):
+        data = save_safetensors(state)
+        write_atomically(path, lambda file: file.write(data))
+    else:
+        write_atomically(path, lambda file: torch.save({"model": state, **entries}, file))
