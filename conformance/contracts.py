@@ -250,6 +250,7 @@ class GPTCheckpoint(Protocol):
         *,
         head_dim: int | None = None,
         dtype: torch.dtype | None = None,
+        device: str = "cpu",
     ) -> CheckpointReader:
         """One checkpoint, opened: ``inspect()`` says what it holds, ``load()`` gives its model.
 
@@ -265,6 +266,8 @@ class GPTCheckpoint(Protocol):
         ``dtype``
             to hold the weights and compute in. Default: weights as they are stored, bit for bit,
             and float32 arithmetic.
+        ``device``
+            of the model.
 
         The model computes what was trained. Both: RMS norm without weight, half-truncated rotary
         embedding of base 1024 on normed queries and keys, scores times 0.12, values ``a·v + b·ve``

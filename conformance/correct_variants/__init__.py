@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-AREAS = ("attention", "rotary")
+AREAS = ("attention", "rotary", "gpt_checkpoint")
 
 
 @dataclass(frozen=True)

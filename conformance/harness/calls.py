@@ -38,11 +38,15 @@ class Call:
 
     def named(self, name: str) -> Any:
         """A value that the lines define."""
-        return _execute(self.lines)[name]
+        return self.namespace()[name]
+
+    def namespace(self) -> dict[str, Any]:
+        """What the lines define, by name."""
+        return _execute(self.lines)
 
     def values(self) -> tuple[list[Any], dict[str, Any]]:
         """Positional arguments and options. The tensors are shared: nobody may change them."""
-        namespace = _execute(self.lines)
+        namespace = self.namespace()
         return (
             [eval(source, namespace) for source in self.arguments],
             {name: eval(source, namespace) for name, source in self.options},

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-CATALOGUES = ("attention", "rope")
+CATALOGUES = ("attention", "rope", "checkpoint")
 
 
 class DataMissing(FileNotFoundError):

@@ -63,11 +63,17 @@ class CheckpointReader:
     model_class: type[GPTBatched] = GPTBatched
 
     def __init__(
-        self, source: Source, *, head_dim: int | None = None, dtype: torch.dtype | None = None
+        self,
+        source: Source,
+        *,
+        head_dim: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         """``head_dim`` where the shapes alone do not tell; ``dtype`` to hold and compute in."""
         self.head_dim = head_dim
         self.dtype = dtype
+        self.device = torch.device(device)
         self.stored = self.open(source)
         self.tensors = self.strip_prefixes(self.stored.tensors)
 
@@ -278,7 +284,7 @@ class CheckpointReader:
             at = (~finite).nonzero()[0].tolist()
             count = int((~finite).sum())
             raise self.error(f"holds {count} values that are not finite, the first at {at}", key)
-        return tensor if self.dtype is None else tensor.to(self.dtype)
+        return tensor.to(device=self.device, dtype=self.dtype)
 
     def check_padding(self, scalars: Tensor, config: GPTConfig) -> None:
         """Warn of padding that is not what the script writes; it has no influence either way."""
@@ -324,9 +330,8 @@ def load_pretrained_checkpoint(
     ``dtype`` converts the weights and is computed in; without it they stay as stored, and float32
     is computed in. Raises :class:`CheckpointError`; then nothing is left half loaded.
     """
-    reader = CheckpointReader(path, head_dim=head_dim, dtype=dtype)
-    model = reader.load(progress=progress).to(device)
-    return model, reader.inspect(), dictionary_of(reader)
+    reader = CheckpointReader(path, head_dim=head_dim, dtype=dtype, device=device)
+    return reader.load(progress=progress), reader.inspect(), dictionary_of(reader)
 
 
 def dictionary_of(reader: CheckpointReader) -> dict[str, Any]:

@@ -1,0 +1,364 @@
+"""Checks of a loaded GPT: its function, what influences it, and what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conformance.harness.compare import assert_close_to, assert_different, assert_identical
+from conformance.harness.failures import ConformanceFailure
+from conformance.harness.gpt_cases import GPTCall, GPTCase
+from conformance.harness.gpt_oracle import expected
+from conformance.harness.gpt_subject import Loaded, inspected, load
+from conformance.harness.requirement import current_tally
+from conformance.harness.subject import Subject
+
+OUTPUTS = ("features", "logits")
+
+
+def assert_facts(gpt_checkpoint: Subject, call: GPTCall, truth: dict[str, Any]) -> None:
+    """``inspect()`` says what is true, under every name of ``truth``."""
+    call = replace(call, done=".inspect()")
+    facts = inspected(gpt_checkpoint, call)
+    current_tally().comparisons["exact"] += 1
+    for name, value in truth.items():
+        if name not in facts:
+            raise ConformanceFailure("missing fact", f"inspect() does not tell {name}", call=call)
+        if facts[name] != value:
+            raise ConformanceFailure(
+                "wrong fact",
+                f"inspect() says that {name} is {facts[name]!r}, expected {value!r}",
+                call=call,
+                shown_by=f"print(out[{name!r}], 'expected {value!r}')",
+            )
+
+
+def assert_function(
+    loaded: Loaded,
+    call: GPTCall | None = None,
+    *,
+    ids: Tensor | None = None,
+    rows: Tensor | None = None,
+    **masks: Any,
+) -> None:
+    """Features and logits are those of the oracle, where ``rows`` bool [batch, tokens] is True."""
+    call = call or loaded.call
+    expectations = expected(call, ids, rows, **masks)
+    for name in OUTPUTS:
+        output = getattr(loaded, name)(ids, call, **masks)
+        if rows is not None:
+            output = torch.where(rows.to(output.device)[..., None], output, 0)
+        done = replace(call, done=f".load().{name}(ids)")
+        assert_close_to(output, expectations[name], done, name=name)
+
+
+def assert_loads(gpt_checkpoint: Subject, case: GPTCase, *edits: str, **options: Any) -> Loaded:
+    """The checkpoint loads, and the model has the oracle's function; gives the model."""
+    call = case.call(*edits, device=gpt_checkpoint.device, **options)
+    loaded = load(gpt_checkpoint, call)
+    assert_function(loaded)
+    return loaded
+
+
+def outputs(gpt_checkpoint: Subject, call: GPTCall, **masks: Any) -> dict[str, Tensor]:
+    """Features and logits of a fresh load."""
+    loaded = load(gpt_checkpoint, call)
+    return {name: getattr(loaded, name)(**masks) for name in OUTPUTS}
+
+
+def assert_no_influence(
+    gpt_checkpoint: Subject, case: GPTCase, *edits: str, because: str, before: tuple[str, ...] = ()
+) -> None:
+    """``edits`` of the state change nothing, bit for bit; ``before`` are made in both."""
+    device = gpt_checkpoint.device
+    one = outputs(gpt_checkpoint, case.call(*before, device=device))
+    call = case.call(*before, *edits, device=device)
+    other = outputs(gpt_checkpoint, call)
+    for name in OUTPUTS:
+        done = replace(call, done=f".load().{name}(ids)")
+        assert_identical(other[name], one[name], done, because=because)
+
+
+def assert_influence(
+    gpt_checkpoint: Subject, case: GPTCase, *edits: str, because: str, before: tuple[str, ...] = ()
+) -> None:
+    """``edits`` of the state change the logits."""
+    device = gpt_checkpoint.device
+    one = outputs(gpt_checkpoint, case.call(*before, device=device))
+    call = case.call(*before, *edits, device=device)
+    other = outputs(gpt_checkpoint, call)
+    done = replace(call, done=".load().logits(ids)")
+    assert_different(other["logits"], one["logits"], done, because=because)
+
+
+def assert_rows_identical(
+    loaded: Loaded,
+    ids: Tensor,
+    keep: Tensor,
+    *,
+    because: str,
+    compare: Callable[[Tensor], Tensor] = lambda output: output,
+    **masks: Any,
+) -> None:
+    """With ``ids`` in place of the call's, outputs where ``keep`` [batch, tokens] is True are equal."""
+    for name in OUTPUTS:
+        one, other = getattr(loaded, name)(**masks), getattr(loaded, name)(ids, **masks)
+        done = replace(loaded.call, done=f".load().{name}(ids)")
+        assert_identical(compare(other)[keep], compare(one)[keep], done, because=because)
+
+
+def assert_causal(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Other tokens from ``cut`` on leave the outputs before it as they are."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    ids = loaded.call.named("ids")
+    cut = 1 + case.seed % (case.tokens - 1)
+    other = ids.clone()
+    other[:, cut:] = (other[:, cut:] + 1 + case.seed % (case.vocab - 1)) % case.vocab
+    assert_function(loaded, ids=other)
+    keep = torch.zeros_like(ids, dtype=torch.bool)
+    keep[:, :cut] = True
+    because = f"tokens from {cut} on were replaced, and outputs before them are compared"
+    assert_rows_identical(loaded, other, keep, because=because)
+
+
+def assert_rows_independent(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Each row alone has the oracle's outputs, and other rows do not change its bits."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    ids = loaded.call.named("ids")
+    for row in range(case.batch):
+        assert_function(loaded, ids=ids[row : row + 1])
+    assert_function(loaded)
+    other = (ids + 1) % case.vocab
+    other[0] = ids[0]
+    keep = torch.zeros_like(ids, dtype=torch.bool)
+    keep[0] = True
+    assert_rows_identical(loaded, other, keep, because="the other rows were replaced")
+
+
+def assert_any_length(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Long, short, long: calls of any length give the oracle's outputs, and the same ones again."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    ids = loaded.call.named("ids")
+    first = loaded.logits()
+    for length in (1, case.tokens, 2, case.tokens - 1):
+        assert_function(loaded, ids=ids[:, :length].contiguous())
+    doubled = torch.cat([ids, ids.flip(0), ids], dim=1)
+    assert_function(loaded, ids=doubled)
+    done = replace(loaded.call, done=".load().logits(ids)")
+    assert_identical(loaded.logits(), first, done, because="the call is repeated after others")
+
+
+def padding_of(case: GPTCase, side: str, device: str) -> Tensor:
+    """Bool [batch, tokens], False at padding of another length in each row, zero in one."""
+    lengths = [(case.seed + 3 * row) % (case.tokens - 2) for row in range(case.batch)]
+    lengths[case.seed % case.batch] = 0
+    slot = torch.arange(case.tokens)
+    padded = torch.stack([slot < n if side == "left" else slot >= case.tokens - n for n in lengths])
+    return ~padded.to(device)
+
+
+def assert_padding(gpt_checkpoint: Subject, case: GPTCase, side: str) -> None:
+    """Real tokens have the outputs of their row without padding, whatever the padding holds."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    ids = loaded.call.named("ids")
+    valid = padding_of(case, side, gpt_checkpoint.device)
+    assert_function(loaded, rows=valid.cpu(), valid=valid)
+    for row in range(case.batch):
+        real = ids[row][valid[row]][None]
+        alone = expected(loaded.call, real)
+        for name in OUTPUTS:
+            output = getattr(loaded, name)(valid=valid)[row][valid[row]][None]
+            done = replace(loaded.call, done=f".load().{name}(ids, valid=valid)")
+            assert_close_to(output, alone[name], done, name=name)
+    other = torch.where(valid, ids, (ids + 1) % case.vocab)
+    because = "the ids of padding were replaced"
+    assert_rows_identical(loaded, other, valid, because=because, valid=valid)
+
+
+def assert_documents(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """A document starts at the token that starts it, and has the outputs that it has alone."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    start = case.vocab - 1
+    ids = loaded.call.named("ids").clone() % start
+    cut = 2 + case.seed % (case.tokens - 3)
+    ids[:, cut] = start
+    assert_function(loaded, ids=ids, document_start=start)
+    assert_function(loaded, ids=ids)  # not asked for, the token is an ordinary one
+    second = expected(loaded.call, ids[:, cut:].contiguous())
+    for name in OUTPUTS:
+        output = getattr(loaded, name)(ids, document_start=start)[:, cut:]
+        done = replace(loaded.call, done=f".load().{name}(ids, document_start={start})")
+        assert_close_to(output, second[name], done, name=name)
+    other = ids.clone()
+    other[:, :cut] = (other[:, :cut] + 1) % start
+    one = loaded.features(ids, document_start=start)[:, cut:]
+    two = loaded.features(other, document_start=start)[:, cut:]
+    done = replace(loaded.call, done=f".load().features(ids, document_start={start})")
+    assert_identical(two, one, done, because="the document before was replaced")
+
+
+def assert_window(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """With a window of training every layer sees its blocks of 128 tokens."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    start = case.vocab - 1
+    generator = torch.Generator().manual_seed(case.seed)
+    ids = torch.randint(start, (1, case.drawn["blocks"] * 128), generator=generator)
+    for at in torch.randint(ids.shape[1], (case.drawn["documents"],), generator=generator).tolist():
+        ids[0, at] = start
+    ids = ids.to(gpt_checkpoint.device)
+    masks = {"document_start": start, "window_blocks": case.drawn["window"]}
+    assert_function(loaded, ids=ids, **masks)
+
+
+def assert_ids_checked(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """An id without an embedding is an error, and the last one with an embedding is not."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    ids = loaded.call.named("ids").clone()
+    row, token = case.seed % case.batch, case.seed % case.tokens
+    ids[row, token] = case.vocab - 1
+    assert_function(loaded, ids=ids)
+    for wrong in (case.vocab, case.head_rows, -1, -case.vocab):
+        ids[row, token] = wrong
+        try:
+            loaded.logits(ids)
+        except ConformanceFailure as failure:
+            if not failure.kind.startswith("raised "):
+                raise
+        else:
+            done = replace(
+                loaded.call.then(f"ids[{row}, {token}] = {wrong}"), done=".load().logits(ids)"
+            )
+            summary = f"the id {wrong} has no embedding among {case.vocab}, and is taken"
+            raise ConformanceFailure("accepted", summary, call=done)
+    current_tally().comparisons["exact"] += 1
+
+
+SCALE_FACTOR = 4.0
+"""A power of two, so that scaling a weight rounds nothing."""
+
+
+def fused(case: GPTCase) -> str:
+    """Name of the fused attention weight within a block."""
+    return "attn.qkv_w" if case.format == "small" else "attn.qkvo_w"
+
+
+def layer_with_attention(case: GPTCase) -> int:
+    """A block with attention, by the case's seed."""
+    return [i for i in range(case.layers) if i != 7][case.seed % (case.layers - (case.layers > 7))]
+
+
+def assert_normed_heads(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Scaling the rows of one head of W_q or W_k changes nothing but for epsilon.
+
+    Of W_v it changes nothing in the medium model, and the function in the small one.
+    """
+    device, layer = gpt_checkpoint.device, layer_with_attention(case)
+    width = case.head_dim or 128
+    head = case.seed % case.heads
+    rows = f"{head * width}:{(head + 1) * width}"
+    plain = load(gpt_checkpoint, case.call(device=device))
+    oracle = expected(plain.call)
+    for slot in (0, 1, *((2,) if case.format == "medium" else ())):
+        edit = f"state['blocks.{layer}.{fused(case)}'][{slot}, {rows}] *= {SCALE_FACTOR}"
+        loaded = load(gpt_checkpoint, case.call(edit, device=device))
+        assert_function(loaded)
+        for name in OUTPUTS:
+            done = replace(loaded.call, done=f".load().{name}(ids)")
+            # Epsilon is 1e-7 of a mean square of about 1, and moves the output by that share.
+            assert_close_to(getattr(loaded, name)(), oracle[name].allowing(1e-5), done, name=name)
+
+
+def assert_soft_cap(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Logits keep within the bounds, are at the middle for a zero head, and rise with it."""
+    device, small = gpt_checkpoint.device, case.format == "small"
+    low, middle, high = (0.0, 15.0, 30.0) if small else (-15.0, 0.0, 15.0)
+    head = "lm_head.weight" if small else "lm_head_w"
+    zero = load(gpt_checkpoint, case.call(f"state['{head}'].zero_()", device=device))
+    done = replace(zero.call, done=".load().logits(ids)")
+    logits = zero.logits()
+    because = f"a head of zeros gives logits of {middle}"
+    assert_identical(logits, torch.full_like(logits, middle), done, because=because)
+    large = load(gpt_checkpoint, case.call(f"state['{head}'] *= 1000", device=device))
+    assert_function(large)
+    logits = large.logits()
+    if float(logits.min()) < low or float(logits.max()) > high:
+        done = replace(large.call, done=".load().logits(ids)")
+        found = f"logits from {float(logits.min()):.6g} to {float(logits.max()):.6g}"
+        summary = f"{found}, expected from {low} to {high}"
+        raise ConformanceFailure("out of bounds", summary, call=done)
+
+
+def assert_value_lambdas(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """With (1, 0) value embeddings do not matter; with (0, 1) W_v does not where there are any."""
+    layers = case.layers
+    pairs = f"state['scalars'][{3 * layers}:{5 * layers}]"
+    off = f"{pairs} = torch.tensor([1.0, 0.0] * {layers})"
+    only = f"{pairs} = torch.tensor([0.0, 1.0] * {layers})"
+    tables = [f"state['value_embeds.{i}.weight'].neg_()" for i in range(3)]
+    assert_no_influence(
+        gpt_checkpoint,
+        case,
+        *tables,
+        before=(off,),
+        because="value embeddings with a factor of 0 were negated",
+    )
+    with_tables = [i for i in (0, 1, 2, layers - 3, layers - 2, layers - 1) if i != 7]
+    values = [f"state['blocks.{i}.{fused(case)}'][2].neg_()" for i in with_tables]
+    assert_no_influence(
+        gpt_checkpoint,
+        case,
+        *values,
+        before=(only,),
+        because="rows of W_v with a factor of 0 were negated",
+    )
+    for i, table in enumerate(tables):
+        because = f"value embedding {i} was negated, and the logits are the same"
+        assert_influence(gpt_checkpoint, case, table, before=(only,), because=because)
+
+
+def used_skips(case: GPTCase) -> list[int]:
+    """Indices of the skip weights that the function reads."""
+    if case.format == "small":
+        return list(range(case.layers // 2))
+    return [source for layer, source in {9: 6, 10: 4, 11: 2}.items() if layer < case.layers]
+
+
+def assert_skip_weights(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Of the first L scalars only those of skip connections matter, and each of them does."""
+    used = used_skips(case)
+    unused = [i for i in range(case.layers) if i not in used]
+    edit = f"state['scalars'][{unused}] += 1"
+    because = f"scalars {unused}, which no skip connection uses, were changed"
+    assert_no_influence(gpt_checkpoint, case, edit, because=because)
+    for index in used:
+        because = f"scalar {index}, a skip weight, was changed, and the logits are the same"
+        assert_influence(gpt_checkpoint, case, f"state['scalars'][{index}] += 1", because=because)
+
+
+def assert_eighth_block(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """The eighth block's attention lambdas do not matter; its block lambdas do."""
+    layers = case.layers
+    attention, block = 3 * layers + 14, layers + 14
+    edit = f"state['scalars'][{attention}:{attention + 2}] += 1"
+    because = "attention lambdas of the block without attention were changed"
+    assert_no_influence(gpt_checkpoint, case, edit, because=because)
+    for index in (block, block + 1):
+        because = f"scalar {index}, a lambda of the eighth block, was changed, to no effect"
+        assert_influence(gpt_checkpoint, case, f"state['scalars'][{index}] += 1", because=because)
+
+
+def assert_padding_scalars(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Any number of scalars behind the fifth a layer, of any value, give one and the same model."""
+    needed, device = 5 * case.layers, gpt_checkpoint.device
+    loaded = assert_loads(gpt_checkpoint, case)
+    for size, value in ((needed, 1), (needed + case.drawn["more"], 1), (needed + 4, -7)):
+        tail = f"torch.full(({size - needed},), {float(value)})"
+        edit = f"state['scalars'] = torch.cat([state['scalars'][:{needed}], {tail}])"
+        other = load(gpt_checkpoint, case.call(edit, device=device))
+        done = replace(other.call, done=".load().logits(ids)")
+        because = f"{size} scalars of which the first {needed} are the same"
+        assert_identical(other.logits(), loaded.logits(), done, because=because)

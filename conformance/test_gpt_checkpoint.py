@@ -1,0 +1,223 @@
+"""The requirements of the contract ``gpt_checkpoint``: what is loaded computes what was trained."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conformance.harness.gpt_cases import CONTAINERS, WRAPPED, extras, gpt_cases
+from conformance.harness.gpt_checks import (
+    assert_any_length,
+    assert_causal,
+    assert_documents,
+    assert_eighth_block,
+    assert_facts,
+    assert_ids_checked,
+    assert_loads,
+    assert_normed_heads,
+    assert_padding,
+    assert_padding_scalars,
+    assert_rows_independent,
+    assert_skip_weights,
+    assert_soft_cap,
+    assert_value_lambdas,
+    assert_window,
+)
+from conformance.harness.requirement import requirement
+
+SMALL = "modded-ipagpt-training train_gpt_small.py"
+MEDIUM = "modded-ipagpt-training train_gpt_medium.py"
+LOADER = "modded-ipagpt-training load_checkpoint_helper.py"
+BOTH = "modded-ipagpt-training train_gpt_small.py and train_gpt_medium.py"
+
+# What the checkpoint holds
+
+
+@requirement("gpt_checkpoint.inspect.architecture", source=LOADER, smoke=True)
+@given(case=gpt_cases())
+def test_inspect_tells_the_architecture(gpt_checkpoint, case):
+    """Format, rows of the embeddings, width, layers, heads: from names and shapes alone."""
+    config = case.config()
+    truth = {
+        "checkpoint_format": config.format,
+        "vocab_size": config.vocab_size,
+        "model_dim": config.model_dim,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "head_dim": config.head_dim,
+    }
+    assert_facts(gpt_checkpoint, case.call(), truth)
+
+
+@requirement("gpt_checkpoint.inspect.padding", source=BOTH)
+@given(case=gpt_cases())
+def test_inspect_tells_padding(gpt_checkpoint, case):
+    """Rows of the LM head are told apart from those of the embeddings, padding from scalars."""
+    config = case.config()
+    truth = {
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": config.padded_vocab_size,
+        "scalars_size": config.scalars_size,
+        "scalars_padding": config.scalars_padding,
+    }
+    assert_facts(gpt_checkpoint, case.call(), truth)
+
+
+# The function that was trained
+
+
+@requirement("gpt_checkpoint.function.small", source=SMALL, smoke=True)
+@given(case=gpt_cases(format="small", stored="float32"))
+def test_small_checkpoint_keeps_its_function(gpt_checkpoint, case):
+    """Features and logits of a small checkpoint are those of the small training script."""
+    assert_loads(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.function.medium", source=MEDIUM, smoke=True)
+@given(case=gpt_cases(format="medium", stored="float32"))
+def test_medium_checkpoint_keeps_its_function(gpt_checkpoint, case):
+    """Features and logits of a medium checkpoint are those of the medium training script."""
+    assert_loads(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.function.stored-dtypes", source=BOTH)
+@given(case=gpt_cases(stored="as-trained"))
+def test_weights_of_several_dtypes_are_computed_with(gpt_checkpoint, case):
+    """bfloat16 embeddings beside float32 weights, as the scripts store them, compute in float32."""
+    assert_loads(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.head-width.default", source=BOTH)
+@given(case=gpt_cases(format="small", heads=st.sampled_from([1, 2]), head_dim=None))
+def test_heads_are_128_wide_in_the_small_script(gpt_checkpoint, case):
+    """A small checkpoint has heads of 128 channels, which no tensor tells."""
+    assert_facts(gpt_checkpoint, case.call(), {"num_heads": case.heads, "head_dim": 128})
+    assert_loads(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.skips.weights", source=BOTH)
+@given(case=gpt_cases())
+def test_skip_weights_are_those_of_the_format(gpt_checkpoint, case):
+    """Small: the first half of the skip weights is used. Medium: 2, 4 and 6, the source's number."""
+    assert_skip_weights(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.scalars.padding", source=SMALL)
+@given(case=gpt_cases(format="small", extra=extras(more=st.integers(1, 15))))
+def test_padding_scalars_have_no_influence(gpt_checkpoint, case):
+    """The same model comes of 5 L scalars and of any number more, whatever the others hold."""
+    assert_padding_scalars(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.blocks.eighth-without-attention", source=BOTH)
+@given(case=gpt_cases(format="small", layers=st.sampled_from([8, 10, 12])))
+def test_eighth_block_has_no_attention(gpt_checkpoint, case):
+    """Attention lambdas of the eighth block do not matter, its block lambdas do."""
+    assert_eighth_block(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.values.embeddings", source=BOTH)
+@given(case=gpt_cases())
+def test_values_are_mixed_by_the_attention_lambdas(gpt_checkpoint, case):
+    """Value embeddings count by the second lambda, projected values by the first."""
+    assert_value_lambdas(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.heads.normed", source=BOTH)
+@given(case=gpt_cases())
+def test_queries_and_keys_are_normed_a_head(gpt_checkpoint, case):
+    """The scale of a head's W_q and W_k does not matter; that of W_v matters in the small model."""
+    assert_normed_heads(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.logits.soft-cap", source=BOTH)
+@given(case=gpt_cases())
+def test_logits_are_capped_as_in_the_format(gpt_checkpoint, case):
+    """Small: within (0, 30), 15 for a zero head. Medium: within (-15, 15), 0 for a zero head."""
+    assert_soft_cap(gpt_checkpoint, case)
+
+
+# Batches
+
+
+@requirement("gpt_checkpoint.batch.rows-independent", source=BOTH)
+@given(case=gpt_cases())
+def test_rows_of_a_batch_are_independent(gpt_checkpoint, case):
+    """A row has the same outputs alone and among others."""
+    assert_rows_independent(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.causal.later-tokens", source=BOTH)
+@given(case=gpt_cases())
+def test_later_tokens_have_no_influence(gpt_checkpoint, case):
+    """Changing a token leaves the outputs before it as they are."""
+    assert_causal(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.length.any", source=LOADER)
+@given(case=gpt_cases())
+def test_any_length_is_taken(gpt_checkpoint, case):
+    """One token, a few, many, in any order of calls."""
+    assert_any_length(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.padding.right", source=LOADER, level="extended")
+@given(case=gpt_cases())
+def test_right_padding_is_not_seen(gpt_checkpoint, case):
+    """Tokens before padding on the right have the outputs of the row without it."""
+    assert_padding(gpt_checkpoint, case, "right")
+
+
+@requirement("gpt_checkpoint.padding.left", source=LOADER, level="extended")
+@given(case=gpt_cases())
+def test_left_padding_is_not_seen(gpt_checkpoint, case):
+    """Tokens behind padding on the left have the outputs of the row without it."""
+    assert_padding(gpt_checkpoint, case, "left")
+
+
+@requirement("gpt_checkpoint.documents.separate", source=BOTH, level="extended")
+@given(case=gpt_cases())
+def test_documents_are_separate(gpt_checkpoint, case):
+    """A document has the outputs that it has alone, from the very token that starts it."""
+    assert_documents(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.window.of-training", source=BOTH, level="extended")
+@given(
+    case=gpt_cases(
+        layers=st.sampled_from([12, 16]),
+        heads=2,
+        head_dim=8,
+        batch=2,
+        extra=extras(
+            blocks=st.integers(3, 5), window=st.integers(1, 4), documents=st.integers(0, 5)
+        ),
+    )
+)
+def test_window_is_that_of_training(gpt_checkpoint, case):
+    """Long and short layers see the nearest whole blocks of 128 tokens, as in training."""
+    assert_window(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.ids.without-embedding", source=LOADER)
+@given(case=gpt_cases())
+def test_ids_without_embedding_are_refused(gpt_checkpoint, case):
+    """Ids from the rows of the embeddings on are errors, although the LM head has rows for them."""
+    assert_ids_checked(gpt_checkpoint, case)
+
+
+# Names and containers
+
+
+@requirement("gpt_checkpoint.names.wrapped", source="pytorch/examples#1029; karpathy/nanoGPT#325")
+@given(case=gpt_cases(wrapped=st.sampled_from(sorted(WRAPPED)), reordered=st.booleans()))
+def test_wrappers_and_order_of_names_do_not_matter(gpt_checkpoint, case):
+    """Prefixes of torch.compile, DDP and Lightning, alone, stacked and within a name, come off."""
+    assert_loads(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.containers.any", source=BOTH)
+@given(case=gpt_cases(container=st.sampled_from([*CONTAINERS, "memory"])))
+def test_every_container_is_read(gpt_checkpoint, case):
+    """Training dictionary, bare state dictionary, safetensors, and a dictionary in memory."""
+    assert_loads(gpt_checkpoint, case)
