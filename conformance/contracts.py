@@ -199,6 +199,8 @@ class LoadedGPT(Protocol):
     ) -> Tensor:
         """The residual stream after the last norm, [batch, tokens, model_dim].
 
+        In the dtype that the model computes in.
+
         ``ids`` int64 [batch, tokens], of any length. Attention is causal.
 
         ``valid`` bool [batch, tokens]
@@ -213,7 +215,10 @@ class LoadedGPT(Protocol):
         """
 
     def logits(self, ids: Tensor, **options: Any) -> Tensor:
-        """Logits after the soft cap, [batch, tokens, rows of the LM head]; options as above."""
+        """Logits after the soft cap, [batch, tokens, rows of the LM head]; options as above.
+
+        In float32; in float64 where the model computes in that.
+        """
 
     def state(self) -> Mapping[str, Tensor]:
         """The tensors of the checkpoint, in its own format, with the stored values and dtypes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,12 +24,34 @@ from conformance.harness.gpt_checks import (
     assert_value_lambdas,
     assert_window,
 )
+from conformance.harness.gpt_honesty import (
+    assert_any_seed,
+    assert_by_name,
+    assert_dictionary_unchanged,
+    assert_dtype,
+    assert_elements_count,
+    assert_facts_or_refused,
+    assert_failing_save,
+    assert_file_unchanged,
+    assert_later_changes_ignored,
+    assert_optimizer_ignored,
+    assert_saved,
+    assert_saved_onto_itself,
+    assert_shared,
+    assert_state,
+    assert_strided,
+    assert_tensors_count,
+)
 from conformance.harness.requirement import requirement
 
 SMALL = "modded-ipagpt-training train_gpt_small.py"
 MEDIUM = "modded-ipagpt-training train_gpt_medium.py"
 LOADER = "modded-ipagpt-training load_checkpoint_helper.py"
 BOTH = "modded-ipagpt-training train_gpt_small.py and train_gpt_medium.py"
+LARGE = "modded-ipagpt-training train_gpt_large_lite.py, utils/xlsum_sft_modeling.py"
+
+ANY_CONTAINER = st.sampled_from([*CONTAINERS, "memory"])
+OF_TORCH = st.sampled_from(["training", "bare"])
 
 # What the checkpoint holds
 
@@ -93,6 +116,52 @@ def test_heads_are_128_wide_in_the_small_script(gpt_checkpoint, case):
     """A small checkpoint has heads of 128 channels, which no tensor tells."""
     assert_facts(gpt_checkpoint, case.call(), {"num_heads": case.heads, "head_dim": 128})
     assert_loads(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.head-width.given", source=LARGE)
+@given(
+    case=gpt_cases(heads=st.sampled_from([1, 2, 3, 5]), head_dim=st.sampled_from([8, 12, 20, 64]))
+)
+def test_head_width_can_be_given(gpt_checkpoint, case):
+    """A head width that is given is taken, with any number of heads."""
+    assert_facts(gpt_checkpoint, case.call(), {"num_heads": case.heads, "head_dim": case.head_dim})
+    assert_loads(gpt_checkpoint, case)
+
+
+PUBLISHED_SHAPES = st.sampled_from(
+    [("small", 12, 6, 128), ("medium", 16, 8, 128), ("medium", 24, 18, 64), ("medium", 36, 20, 64)]
+)
+
+
+@requirement("gpt_checkpoint.head-width.known-shapes", source=LARGE)
+@given(
+    case=PUBLISHED_SHAPES.flatmap(
+        lambda shape: gpt_cases(
+            **dict(zip(("format", "layers", "heads", "head_dim"), shape)),
+            blank=True,
+            stored="float32",
+            container=OF_TORCH,
+        )
+    )
+)
+def test_heads_of_published_shapes_are_known(gpt_checkpoint, case):
+    """24 blocks of width 1152 have 18 heads of 64, not 9 of 128; 36 of width 1280 have 20 of 64."""
+    truth = {"num_heads": case.heads, "head_dim": case.head_dim, "num_layers": case.layers}
+    assert_facts(gpt_checkpoint, case.call().without("head_dim"), truth)
+
+
+@requirement("gpt_checkpoint.dtype.float64", source=LOADER, level="extended")
+@given(case=gpt_cases())
+def test_float64_is_computed_with_throughout(gpt_checkpoint, case):
+    """In float64 no step is rounded to float32."""
+    assert_dtype(gpt_checkpoint, case, torch.float64)
+
+
+@requirement("gpt_checkpoint.dtype.bfloat16", source=LOADER, level="extended")
+@given(case=gpt_cases())
+def test_bfloat16_is_as_close_as_it_can_be(gpt_checkpoint, case):
+    """In bfloat16 the outputs are as near the oracle as rounding allows, the logits in float32."""
+    assert_dtype(gpt_checkpoint, case, torch.bfloat16)
 
 
 @requirement("gpt_checkpoint.skips.weights", source=BOTH)
@@ -217,7 +286,121 @@ def test_wrappers_and_order_of_names_do_not_matter(gpt_checkpoint, case):
 
 
 @requirement("gpt_checkpoint.containers.any", source=BOTH)
-@given(case=gpt_cases(container=st.sampled_from([*CONTAINERS, "memory"])))
+@given(case=gpt_cases(container=ANY_CONTAINER))
 def test_every_container_is_read(gpt_checkpoint, case):
     """Training dictionary, bare state dictionary, safetensors, and a dictionary in memory."""
     assert_loads(gpt_checkpoint, case)
+
+
+# Honesty: all of the checkpoint, and nothing else
+
+
+@requirement("gpt_checkpoint.load.same-under-any-seed", source="pytorch/examples#1029")
+@given(case=gpt_cases(container=ANY_CONTAINER))
+def test_nothing_is_left_at_random(gpt_checkpoint, case):
+    """Loading under another random seed gives the same model."""
+    assert_any_seed(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.load.every-tensor-counts", source="vllm-project/vllm#32101")
+@given(case=gpt_cases(extra=extras(tensor=st.integers(0, 200))))
+def test_every_tensor_has_an_influence(gpt_checkpoint, case):
+    """Whichever tensor of the checkpoint is changed, the logits change."""
+    assert_tensors_count(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.load.every-element-counts", source=LOADER)
+@given(case=gpt_cases(extra=extras(tensor=st.integers(0, 200), element=st.integers(0, 10**6))))
+def test_every_element_has_an_influence(gpt_checkpoint, case):
+    """Whichever element that the ids reach is changed, the logits change."""
+    assert_elements_count(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.load.by-name", source="wochenlong/lora-scripts-next#320")
+@given(
+    case=gpt_cases(
+        reordered=True, extra=extras(tensor=st.integers(0, 200), other=st.integers(0, 200))
+    )
+)
+def test_tensors_are_taken_by_name(gpt_checkpoint, case):
+    """Tensors of equal shape go where their names say, in whatever order they are stored."""
+    assert_by_name(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.load.shared-tensors", source="huggingface/transformers#34759")
+@given(case=gpt_cases(vocab=128, stored="float32", wrapped=""))
+def test_shared_tensors_are_restored(gpt_checkpoint, case):
+    """A head that shares memory with the embedding is loaded, or refused, but never random."""
+    assert_shared(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.load.strided-tensors", source="torch.save, view semantics")
+@given(case=gpt_cases(container=OF_TORCH))
+def test_strided_tensors_are_read_as_they_show(gpt_checkpoint, case):
+    """A tensor that was saved as a transposed view or a slice has the values that it showed."""
+    assert_strided(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.load.optimizer-ignored", source=BOTH)
+@given(case=gpt_cases(container="training"))
+def test_optimizer_state_rides_along(gpt_checkpoint, case):
+    """Optimizer state in the training dictionary changes nothing, whatever its dtypes."""
+    assert_optimizer_ignored(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.load.deep", source=LOADER)
+@given(case=gpt_cases(layers=st.sampled_from([100, 102, 110]), heads=2, head_dim=8, vocab=24))
+def test_blocks_beyond_a_hundred_are_not_lost(gpt_checkpoint, case):
+    """A checkpoint of more than a hundred blocks has them all, or is refused."""
+    assert_facts_or_refused(gpt_checkpoint, case.call(), {"num_layers": case.layers})
+
+
+@requirement("gpt_checkpoint.state.bit-exact", source=BOTH, level="extended")
+@given(case=gpt_cases(container=ANY_CONTAINER, wrapped=st.sampled_from(sorted(WRAPPED))))
+def test_state_is_what_was_stored(gpt_checkpoint, case):
+    """Every tensor comes back under its bare name, in its dtype, bit for bit."""
+    assert_state(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.save.round-trip", source=BOTH, level="extended")
+@given(case=gpt_cases())
+def test_saved_checkpoint_is_the_loaded_one(gpt_checkpoint, case):
+    """Loaded and saved, a checkpoint holds the same tensors, bit for bit, and loads again."""
+    assert_saved(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.save.onto-itself", source="bghira/SimpleTuner#2714", level="extended")
+@given(case=gpt_cases())
+def test_saving_onto_the_loaded_file_is_safe(gpt_checkpoint, case):
+    """Saving to the path that was loaded keeps every bit."""
+    assert_saved_onto_itself(gpt_checkpoint, case)
+
+
+@requirement(
+    "gpt_checkpoint.save.failing", source="huggingface/transformers#27820", level="extended"
+)
+@given(case=gpt_cases(extra=extras(percent=st.integers(0, 90))))
+def test_failing_save_leaves_the_old_file(gpt_checkpoint, case):
+    """A save that runs out of space raises, and leaves the old checkpoint and nothing half written."""
+    assert_failing_save(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.source.file-unchanged", source="bghira/SimpleTuner#2714")
+@given(case=gpt_cases())
+def test_file_is_not_changed(gpt_checkpoint, case):
+    """Neither loading nor changing the loaded weights changes the file, or adds one beside it."""
+    assert_file_unchanged(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.source.dictionary-unchanged", source=LOADER)
+@given(case=gpt_cases(container="memory"))
+def test_dictionary_is_not_changed(gpt_checkpoint, case):
+    """A dictionary in memory keeps its names, their order, its tensors and their values."""
+    assert_dictionary_unchanged(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.source.later-changes", source="bghira/SimpleTuner#2714")
+@given(case=gpt_cases(container=ANY_CONTAINER))
+def test_model_is_independent_of_its_source(gpt_checkpoint, case):
+    """Overwriting the file or the dictionary afterwards leaves the model as it is."""
+    assert_later_changes_ignored(gpt_checkpoint, case)

@@ -75,6 +75,8 @@ class GPTCase:
     container: str = "training"
     wrapped: str = "_orig_mod."
     reordered: bool = False
+    blank: bool = False
+    """Tensors of zeros that take no memory, for shapes of any size; the file is only inspected."""
     extra: tuple[tuple[str, int], ...] = ()
     """Numbers that one rule alone draws."""
 
@@ -133,6 +135,8 @@ class GPTCase:
             f"g = torch.Generator().manual_seed({self.seed})",
             "r = lambda *shape: torch.randn(shape, generator=g)",
             "w = lambda *shape: 1.5 * r(*shape) / shape[-1] ** 0.5",
+            "h = lambda *shape: 8 * w(*shape)",
+            *(["r = w = h = lambda *shape: torch.zeros(1).expand(shape)"] if self.blank else []),
             f"state = {{'embed.weight': r({rows})}}",
             f"state |= {{f'value_embeds.{{i}}.weight': r({rows}) for i in range(3)}}",
         ]
@@ -141,7 +145,7 @@ class GPTCase:
             where = " if i != 7" if name.startswith("attn.") else ""
             each = f"for i in range({self.layers}){where}"
             lines.append(f"state |= {{f'blocks.{{i}}.{name}': w{shape} {each}}}")
-        lines.append(f"state['{head_key(self.format)}'] = 8 * w({self.head_rows}, {width})")
+        lines.append(f"state['{head_key(self.format)}'] = h({self.head_rows}, {width})")
         size = self.config().scalars_size
         lines.append(f"state['scalars'] = 0.3 + 1.4 * torch.rand({size}, generator=g)")
         if self.config().scalars_padding:

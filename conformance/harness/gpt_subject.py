@@ -134,7 +134,10 @@ class Loaded:
         config = call.case.config()
         width = config.model_dim if name == "features" else config.padded_vocab_size
         shape = (*ids.shape, width)
-        assert_tensor(output, shape, call.dtype, ids.device, call=call, name=name)
+        dtype = call.dtype
+        if name == "logits":
+            dtype = torch.promote_types(dtype, torch.float32)
+        assert_tensor(output, shape, dtype, ids.device, call=call, name=name)
         return output
 
 

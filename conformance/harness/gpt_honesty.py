@@ -1,0 +1,411 @@
+"""Checks that a loader is honest: all of the file and nothing else is in the model, and it stays so."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conformance.harness.compare import assert_identical
+from conformance.harness.failures import ConformanceFailure, NotRun
+from conformance.harness.gpt_cases import GPTCall, GPTCase
+from conformance.harness.gpt_checks import (
+    assert_facts,
+    assert_function,
+    assert_influence,
+    assert_loads,
+    used_skips,
+)
+from conformance.harness.gpt_subject import Loaded, load
+from conformance.harness.requirement import current_tally
+from conformance.harness.subject import Subject, bitwise_equal
+from reference_impl.gpt import CheckpointReader
+from reference_impl.gpt.config import head_key, state_shapes
+
+
+def counted() -> None:
+    """Count one comparison of the exact lane."""
+    current_tally().comparisons["exact"] += 1
+
+
+def assert_any_seed(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Two loads under different random seeds give the same model: nothing is left to chance."""
+    call = case.call(device=gpt_checkpoint.device)
+    models = []
+    with torch.random.fork_rng():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            models.append(load(gpt_checkpoint, call))
+    first, second = (loaded.logits() for loaded in models)
+    done = replace(call, done=".load().logits(ids)")
+    assert_identical(second, first, done, because="loaded again under another random seed")
+
+
+def assert_tensors_count(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Reversing the rows of any tensor changes the logits."""
+    keys = list(state_shapes(case.config()))
+    for number in range(3):
+        key = keys[(case.drawn["tensor"] + number * 7) % len(keys)]
+        edit = f"state[{key!r}] = state[{key!r}].flip(0)"
+        because = f"{key} was reversed along its first axis, and the logits are the same"
+        assert_influence(gpt_checkpoint, case, edit, because=because)
+
+
+def assert_elements_count(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Changing one element that the ids reach changes the function as the oracle says."""
+    ids = case.call().named("ids")
+    for key, at in drawn_elements(case, ids):
+        edit = f"state[{key!r}]{list(at)} += 1"
+        because = f"{key}{list(at)} was changed, and the logits are the same"
+        assert_influence(gpt_checkpoint, case, edit, because=because)
+
+
+def drawn_elements(case: GPTCase, ids: Tensor) -> list[tuple[str, tuple[int, ...]]]:
+    """Elements that have an influence, by the case's drawn numbers."""
+    shapes = state_shapes(case.config())
+    keys, elements = list(shapes), []
+    for number in range(3):
+        key = keys[(case.drawn["tensor"] + number * 5) % len(keys)]
+        flat = case.drawn["element"] * 7919 % int(torch.Size(shapes[key]).numel())
+        at = [int(i) for i in torch.unravel_index(torch.tensor(flat), shapes[key])]
+        if "embed" in key:
+            at[0] = int(ids.flatten()[at[0] % ids.numel()])
+        if key == "scalars":
+            lambdas = range(case.layers, 3 * case.layers)
+            at[0] = [*used_skips(case), *lambdas][at[0] % (len(used_skips(case)) + len(lambdas))]
+        elements.append((key, tuple(at)))
+    return elements
+
+
+def assert_by_name(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Tensors of equal shape that were exchanged are taken by their names, not their places."""
+    shapes = state_shapes(case.config())
+    keys = [k for k in shapes if k.startswith("blocks.")]
+    one = keys[case.drawn["tensor"] % len(keys)]
+    same = [k for k in keys if shapes[k] == shapes[one] and k != one]
+    other = same[case.drawn["other"] % len(same)]
+    edit = f"state[{one!r}], state[{other!r}] = state[{other!r}], state[{one!r}]"
+    assert_loads(gpt_checkpoint, case, edit)
+
+
+def assert_shared(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """A head that shares memory with the embedding is loaded, or the file refused; never random."""
+    head = head_key(case.format)
+    edits, saved = [f"state[{head!r}] = state['embed.weight']"], ()
+    if case.container == "safetensors":  # as safetensors.torch.save_model writes it
+        names = f"{{{head!r}: 'embed.weight'}}"
+        saved = (
+            f"del saved[{head!r}]",
+            f"after: safetensors.torch.save_file(saved, source, metadata={names})",
+        )
+    call = case.call(*edits, device=gpt_checkpoint.device, saved=saved)
+    try:
+        loaded = load(gpt_checkpoint, call)
+    except ConformanceFailure as failure:
+        if case.container != "safetensors" or not failure.kind.startswith("raised "):
+            raise
+        counted()
+        return
+    assert_function(loaded)
+
+
+STRIDED = (
+    "saved = {key: t.t().contiguous().t() if t.ndim == 2 else t for key, t in saved.items()}",
+    "saved = {key: torch.cat([t + 1, t])[len(t):] for key, t in saved.items()}",
+)
+"""Tensors that do not lie in their storage from its beginning, row after row."""
+
+
+def assert_strided(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Transposed views and slices are loaded as the values that they show."""
+    assert_loads(gpt_checkpoint, case, saved=(STRIDED[case.seed % len(STRIDED)],))
+
+
+OPTIMIZERS = (
+    "moments = lambda: {'step': torch.tensor(3), 'exp_avg': r(4, 8), 'exp_avg_sq': r(4, 8)}",
+    "adam = {'state': {0: moments(), 1: moments()}, 'param_groups': [{'lr': 1e-3, 'params': [0, 1]}]}",
+    "muon = {'momentum_buffer': r(8, 8), 'mantissa': torch.zeros(8, 8, dtype=torch.uint16)}",
+    "muon = {'state': {0: muon}, 'param_groups': [{'lr': 0.02, 'params': [0]}]}",
+    "after: torch.save({'step': 3, 'model': saved, 'optimizers': [adam, muon]}, source)",
+)
+
+
+def assert_optimizer_ignored(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Optimizer state that rides along is no part of the model and no reason to refuse."""
+    assert_loads(gpt_checkpoint, case, saved=OPTIMIZERS)
+
+
+def assert_facts_or_refused(gpt_checkpoint: Subject, call: GPTCall, truth: dict[str, Any]) -> None:
+    """``inspect()`` says what is true, or refuses the checkpoint."""
+    try:
+        assert_facts(gpt_checkpoint, call, truth)
+    except ConformanceFailure as failure:
+        if not failure.kind.startswith("raised "):
+            raise
+        counted()
+
+
+# The state, and saving it
+
+
+def assert_same_state(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], call: GPTCall, what: str
+) -> None:
+    """The same names, dtypes and values, bit for bit; says where a wrong tensor comes from."""
+    counted()
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing or extra:
+        names = f"without {sorted(missing)[:3]}" if missing else f"with {sorted(extra)[:3]}"
+        raise ConformanceFailure("wrong names", f"{what} is {names}", call=call)
+    for key, tensor in expected.items():
+        actual = found[key].detach().cpu()
+        if bitwise_equal(actual, tensor):
+            continue
+        raise ConformanceFailure(
+            "not identical",
+            f"{what}: {key} is {difference(actual, tensor)}",
+            details=tuple(origins(actual, tensor, expected)),
+            call=call,
+            shown_by=f"print(out[{key!r}])",
+        )
+
+
+def difference(actual: Tensor, expected: Tensor) -> str:
+    """In words, how one tensor differs from another."""
+    if actual.dtype != expected.dtype:
+        return f"of {actual.dtype}, expected {expected.dtype}"
+    if actual.shape != expected.shape:
+        return f"of shape {list(actual.shape)}, expected {list(expected.shape)}"
+    if actual.ndim == 2 and bitwise_equal(actual.t(), expected):
+        return "the transpose of what is stored"
+    wrong = (actual != expected).nonzero()
+    at = tuple(wrong[0].tolist())
+    return (
+        f"wrong in {len(wrong)} of {expected.numel()} elements, the first at {list(at)}: "
+        f"{float(actual[at]):.6g}, expected {float(expected[at]):.6g}"
+    )
+
+
+def origins(actual: Tensor, expected: Tensor, state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Which element of which tensor the first wrong ones are: random values are as good as names."""
+    if actual.shape != expected.shape:
+        return
+    for at in (actual != expected).nonzero()[:3].tolist():
+        for key, tensor in state.items():
+            places = (tensor.double() == actual[tuple(at)].double()).nonzero()
+            if len(places) == 1:
+                yield f"{at} holds {key}{places[0].tolist()}"
+                break
+
+
+def true_state(call: GPTCall, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """What the checkpoint holds, under bare names."""
+    return {key: t if dtype is None else t.to(dtype) for key, t in call.named("state").items()}
+
+
+def assert_state(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """``state()`` gives every stored tensor under its bare name, bit for bit."""
+    call = case.call(device=gpt_checkpoint.device)
+    loaded = load(gpt_checkpoint, call)
+    done = replace(call, done=".load().state()")
+    assert_same_state(loaded.state(), true_state(call), done, "state()")
+
+
+def read_back(path: str, call: GPTCall) -> dict[str, Tensor]:
+    """The tensors of a written file, as the reference reads them."""
+    try:
+        reader = CheckpointReader(path, head_dim=call.case.head_dim)
+        return {key: reader.read(key) for key in reader.tensors}
+    except ValueError as error:
+        done = replace(call, done=f".load().save({path!r})")
+        raise ConformanceFailure("unreadable", f"what save() wrote: {error}", call=done) from error
+
+
+def assert_saved(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """A checkpoint that is saved holds the bits of the one that was loaded, and loads again."""
+    call = case.call(device=gpt_checkpoint.device)
+    loaded = load(gpt_checkpoint, call)
+    path = call.named("source").replace("checkpoint", "copy")
+    loaded.save(path)
+    done = replace(call, done=f".load().save({path!r})")
+    assert_same_state(read_back(path, call), true_state(call), done, "the saved file")
+    again = load(gpt_checkpoint, call.then(f"source = {path!r}"))
+    done = replace(again.call, done=".load().logits(ids)")
+    assert_identical(again.logits(), loaded.logits(), done, because="saved and loaded again")
+    Path(path).unlink()
+
+
+@contextmanager
+def restored_afterwards(path: str) -> Iterator[bytes]:
+    """The bytes of a file, which are put back in the end."""
+    content = Path(path).read_bytes()
+    try:
+        yield content
+    finally:
+        Path(path).write_bytes(content)
+
+
+def assert_saved_onto_itself(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Saving to the very file that was loaded keeps every bit, and the model as it was."""
+    call = case.call(device=gpt_checkpoint.device)
+    source = call.named("source")
+    with restored_afterwards(source):
+        loaded = load(gpt_checkpoint, call)
+        loaded.save(source)
+        done = replace(call, done=f".load().save({source!r})")
+        assert_same_state(read_back(source, call), true_state(call), done, "the file saved to")
+        assert_function(loaded)
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writing more than ``size`` bytes to any file fails, as on a full disk."""
+    try:
+        import resource
+    except ImportError as error:
+        raise NotRun("needs limits of a POSIX system") from error
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def assert_failing_save(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """A save that cannot be finished raises, and leaves the old file whole and nothing beside it."""
+    call = case.call(device=gpt_checkpoint.device)
+    source = call.named("source")
+    with restored_afterwards(source) as content:
+        loaded = load(gpt_checkpoint, call)
+        before = contents(Path(source).parent)
+        limit = len(content) * (1 + case.drawn["percent"]) // 100
+        done = replace(call, done=f".load().save({source!r})  # with room for {limit} bytes")
+        try:
+            with files_no_larger_than(limit):
+                loaded.save(source)
+        except ConformanceFailure as failure:
+            if not failure.kind.startswith("raised "):
+                raise
+        else:
+            summary = f"save() returns although only {limit} bytes could be written"
+            raise ConformanceFailure("accepted", summary, call=done)
+        counted()
+        after = contents(Path(source).parent)
+        for stray in after.keys() - before.keys():
+            os.unlink(Path(source).parent / stray)
+        if after != before:
+            changed = sorted(set(before.items()) ^ set(after.items()))[0][0]
+            raise ConformanceFailure(
+                "half written", f"a save that failed half-way changed {changed}", call=done
+            )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """A digest of every file in a folder, by name."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.is_file()
+    }
+
+
+# What was passed in
+
+
+def change_weights(loaded: Loaded) -> None:
+    """Write zeros into everything that the model shows of its weights."""
+    shown = list(loaded.state().values()) if callable(getattr(loaded.model, "state", None)) else []
+    parameters = getattr(loaded.model, "parameters", None)
+    with torch.no_grad():
+        for tensor in (*shown, *(parameters() if callable(parameters) else ())):
+            tensor.zero_()
+
+
+def assert_file_unchanged(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Loading, using and changing a model leaves its file and the folder as they were."""
+    call = case.call(device=gpt_checkpoint.device)
+    folder = Path(call.named("source")).parent
+    before = contents(folder)
+    with restored_afterwards(call.named("source")):
+        loaded = load(gpt_checkpoint, call)
+        loaded.logits()
+        change_weights(loaded)
+        after = contents(folder)
+    counted()
+    if after != before:
+        changed = sorted(set(before.items()) ^ set(after.items()))[0][0]
+        raise ConformanceFailure("changed input", f"{changed} was changed by loading", call=call)
+
+
+def assert_dictionary_unchanged(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Loading, using and changing a model leaves the dictionary that it came from as it was."""
+    call = case.call(device=gpt_checkpoint.device)
+    dictionary = call.named("source")
+    before = [(key, tensor, tensor.clone()) for key, tensor in dictionary["model"].items()]
+    entries = [(key, value) for key, value in dictionary.items() if key != "model"]
+    done = replace(call, done=".load().logits(ids)", lines=call.lines)
+    try:
+        loaded = load(gpt_checkpoint, call)
+        loaded.logits()
+        change_weights(loaded)
+        counted()
+        now = list(dictionary["model"].items())
+        if [key for key, _ in now] != [key for key, _, _ in before]:
+            raise ConformanceFailure("changed input", "names of the dictionary changed", call=done)
+        for (key, tensor), (_, same, copy) in zip(now, before):
+            if tensor is not same or not bitwise_equal(tensor, copy):
+                raise ConformanceFailure("changed input", f"{key} was changed", call=done)
+        if [(k, v) for k, v in dictionary.items() if k != "model"] != entries:
+            raise ConformanceFailure("changed input", "entries were changed", call=done)
+    finally:
+        for _, tensor, copy in before:
+            tensor.copy_(copy)
+        dictionary["model"] = {key: tensor for key, tensor, _ in before}
+
+
+def assert_later_changes_ignored(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Overwriting the file, or the tensors of the dictionary, does not reach a loaded model."""
+    call = case.call(device=gpt_checkpoint.device)
+    loaded = load(gpt_checkpoint, call)
+    first = loaded.logits()
+    with overwritten(call.named("source")):
+        done = replace(call, done=".load().logits(ids)")
+        because = "what it was loaded from was overwritten"
+        assert_identical(loaded.logits(), first, done, because=because)
+
+
+@contextmanager
+def overwritten(source: Any) -> Iterator[None]:
+    """Zeros in place of a file's bytes or a dictionary's tensors; put back in the end.
+
+    The file keeps its length: shortening one that is mapped would end the process.
+    """
+    if isinstance(source, str):
+        with restored_afterwards(source) as content:
+            with open(source, "r+b") as file:
+                file.write(bytes(len(content)))
+            yield
+        return
+    copies = {key: tensor.clone() for key, tensor in source["model"].items()}
+    try:
+        for tensor in source["model"].values():
+            tensor.zero_()
+        yield
+    finally:
+        for key, tensor in source["model"].items():
+            tensor.copy_(copies[key])
+
+
+def assert_dtype(gpt_checkpoint: Subject, case: GPTCase, dtype: torch.dtype) -> None:
+    """With a dtype the weights are converted to it and the model computes in it."""
+    call = replace(case.call(device=gpt_checkpoint.device, dtype=str(dtype)), dtype=dtype)
+    loaded = load(gpt_checkpoint, call)
+    assert_function(loaded)
