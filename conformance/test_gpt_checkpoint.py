@@ -24,6 +24,37 @@ from conformance.harness.gpt_checks import (
     assert_value_lambdas,
     assert_window,
 )
+from conformance.harness.gpt_damage import (
+    assert_damaged_files_refused,
+    assert_deliberate,
+    assert_names_file,
+    assert_names_tensor,
+    assert_refused,
+    attention_elsewhere,
+    damage_cases,
+    flipped_byte,
+    gap_in_blocks,
+    half_wrapped_name,
+    left_over_tensor,
+    misshapen_tensor,
+    missing_tensor,
+    mixed_formats,
+    narrow_heads,
+    no_model_entry,
+    not_a_state,
+    not_finite,
+    not_floating,
+    odd_or_few_blocks,
+    other_files,
+    pickled_code,
+    quantised,
+    short_scalars,
+    stored_twice,
+    swapped_records,
+    truncated,
+    uneven_heads,
+    unknown_head_width,
+)
 from conformance.harness.gpt_honesty import (
     assert_any_seed,
     assert_by_name,
@@ -48,6 +79,7 @@ SMALL = "modded-ipagpt-training train_gpt_small.py"
 MEDIUM = "modded-ipagpt-training train_gpt_medium.py"
 LOADER = "modded-ipagpt-training load_checkpoint_helper.py"
 BOTH = "modded-ipagpt-training train_gpt_small.py and train_gpt_medium.py"
+CHECKSUMS = "PKWARE APPNOTE 4.4.7: CRC-32 of a record"
 LARGE = "modded-ipagpt-training train_gpt_large_lite.py, utils/xlsum_sft_modeling.py"
 
 ANY_CONTAINER = st.sampled_from([*CONTAINERS, "memory"])
@@ -111,7 +143,7 @@ def test_weights_of_several_dtypes_are_computed_with(gpt_checkpoint, case):
 
 
 @requirement("gpt_checkpoint.head-width.default", source=BOTH)
-@given(case=gpt_cases(format="small", heads=st.sampled_from([1, 2]), head_dim=None))
+@given(case=gpt_cases(format="small", heads=st.sampled_from([1, 2]), head_dim=None, layers=6))
 def test_heads_are_128_wide_in_the_small_script(gpt_checkpoint, case):
     """A small checkpoint has heads of 128 channels, which no tensor tells."""
     assert_facts(gpt_checkpoint, case.call(), {"num_heads": case.heads, "head_dim": 128})
@@ -120,7 +152,11 @@ def test_heads_are_128_wide_in_the_small_script(gpt_checkpoint, case):
 
 @requirement("gpt_checkpoint.head-width.given", source=LARGE)
 @given(
-    case=gpt_cases(heads=st.sampled_from([1, 2, 3, 5]), head_dim=st.sampled_from([8, 12, 20, 64]))
+    case=gpt_cases(
+        heads=st.sampled_from([1, 2, 3]),
+        head_dim=st.sampled_from([8, 12, 20, 64]),
+        layers=st.sampled_from([8, 12]),
+    )
 )
 def test_head_width_can_be_given(gpt_checkpoint, case):
     """A head width that is given is taken, with any number of heads."""
@@ -259,7 +295,7 @@ def test_documents_are_separate(gpt_checkpoint, case):
         head_dim=8,
         batch=2,
         extra=extras(
-            blocks=st.integers(3, 5), window=st.integers(1, 4), documents=st.integers(0, 5)
+            blocks=st.integers(2, 4), window=st.integers(1, 4), documents=st.integers(0, 5)
         ),
     )
 )
@@ -404,3 +440,205 @@ def test_dictionary_is_not_changed(gpt_checkpoint, case):
 def test_model_is_independent_of_its_source(gpt_checkpoint, case):
     """Overwriting the file or the dictionary afterwards leaves the model as it is."""
     assert_later_changes_ignored(gpt_checkpoint, case)
+
+
+# What is refused
+
+
+@requirement("gpt_checkpoint.refuses.no-model-entry", source=LOADER)
+@given(case=damage_cases(container=OF_TORCH))
+def test_a_dictionary_without_a_model_is_refused(gpt_checkpoint, case):
+    """A training dictionary without a state dictionary under ``model`` is refused."""
+    assert_refused(gpt_checkpoint, case, no_model_entry)
+
+
+@requirement("gpt_checkpoint.refuses.not-a-state", source=LOADER)
+@given(case=damage_cases(container=OF_TORCH))
+def test_what_is_no_state_dictionary_is_refused(gpt_checkpoint, case):
+    """A list, a number, a tensor, or a dictionary with something else than tensors is refused."""
+    assert_refused(gpt_checkpoint, case, not_a_state)
+
+
+@requirement("gpt_checkpoint.refuses.missing-tensor", source="pytorch/examples#1029")
+@given(case=damage_cases())
+def test_a_missing_tensor_is_refused(gpt_checkpoint, case):
+    """A checkpoint without any one of its tensors is refused."""
+    assert_refused(gpt_checkpoint, case, missing_tensor)
+
+
+@requirement("gpt_checkpoint.refuses.left-over-tensor", source="vllm-project/vllm#32101")
+@given(case=damage_cases())
+def test_a_tensor_left_over_is_refused(gpt_checkpoint, case):
+    """A tensor that no part of the model takes is refused."""
+    assert_refused(gpt_checkpoint, case, left_over_tensor)
+
+
+@requirement("gpt_checkpoint.refuses.mixed-formats", source=LOADER)
+@given(case=damage_cases())
+def test_mixed_formats_is_refused(gpt_checkpoint, case):
+    """Blocks of one format beside blocks or a head of the other are refused."""
+    assert_refused(gpt_checkpoint, case, mixed_formats)
+
+
+@requirement("gpt_checkpoint.refuses.gap-in-blocks", source=LOADER)
+@given(case=damage_cases())
+def test_a_gap_in_the_blocks_is_refused(gpt_checkpoint, case):
+    """Blocks 0, 1, 3 are refused, not taken for a model of two."""
+    assert_refused(gpt_checkpoint, case, gap_in_blocks)
+
+
+@requirement("gpt_checkpoint.refuses.odd-or-few-blocks", source=BOTH)
+@given(case=damage_cases())
+def test_an_odd_number_of_blocks_is_refused(gpt_checkpoint, case):
+    """An odd number of blocks, or fewer than six, is refused."""
+    assert_refused(gpt_checkpoint, case, odd_or_few_blocks)
+
+
+@requirement("gpt_checkpoint.refuses.attention-elsewhere", source=BOTH)
+@given(case=damage_cases())
+def test_attention_in_the_wrong_blocks_is_refused(gpt_checkpoint, case):
+    """A block without attention other than the eighth, and an eighth with it, are refused."""
+    assert_refused(gpt_checkpoint, case, attention_elsewhere)
+
+
+@requirement("gpt_checkpoint.refuses.stored-twice", source="pytorch/examples#1029")
+@given(case=damage_cases())
+def test_two_tensors_of_one_name_is_refused(gpt_checkpoint, case):
+    """Two tensors that have one name once prefixes are off are refused."""
+    assert_refused(gpt_checkpoint, case, stored_twice)
+
+
+@requirement("gpt_checkpoint.refuses.half-wrapped-name", source="huggingface/transformers#29554")
+@given(case=damage_cases())
+def test_names_that_contain_a_prefix_is_refused(gpt_checkpoint, case):
+    """A name that is right only if letters are taken out of its middle is refused."""
+    assert_refused(gpt_checkpoint, case, half_wrapped_name)
+
+
+@requirement("gpt_checkpoint.refuses.misshapen-tensor", source="nntile/nntile#402")
+@given(case=damage_cases())
+def test_a_misshapen_tensor_is_refused(gpt_checkpoint, case):
+    """A tensor of another shape is refused, also where its transpose would fit."""
+    assert_refused(gpt_checkpoint, case, misshapen_tensor)
+
+
+@requirement("gpt_checkpoint.refuses.narrow-heads", source=BOTH)
+@given(case=damage_cases())
+def test_heads_narrower_than_the_model_is_refused(gpt_checkpoint, case):
+    """Heads that are together not as wide as the model are refused: value embeddings do not fit."""
+    assert_refused(gpt_checkpoint, case, narrow_heads)
+
+
+@requirement("gpt_checkpoint.refuses.uneven-heads", source=LOADER)
+@given(case=damage_cases())
+def test_a_head_width_that_does_not_divide_is_refused(gpt_checkpoint, case):
+    """A given head width that does not divide the width of the model is refused."""
+    assert_refused(gpt_checkpoint, case, uneven_heads)
+
+
+@requirement("gpt_checkpoint.refuses.unknown-head-width", source=LARGE)
+@given(case=damage_cases(format="medium", heads=16, layers=st.sampled_from([8, 12, 24])))
+def test_an_unknown_head_width_is_refused(gpt_checkpoint, case):
+    """A medium checkpoint of unknown depth is not taken to have heads of 128."""
+    assert_refused(gpt_checkpoint, case, unknown_head_width)
+
+
+@requirement("gpt_checkpoint.refuses.short-scalars", source=LOADER)
+@given(case=damage_cases())
+def test_short_scalars_is_refused(gpt_checkpoint, case):
+    """Fewer than five scalars a block, or scalars of two dimensions, are refused."""
+    assert_refused(gpt_checkpoint, case, short_scalars)
+
+
+@requirement("gpt_checkpoint.refuses.not-finite", source=LOADER, level="extended")
+@given(case=damage_cases())
+def test_values_that_are_not_finite_is_refused(gpt_checkpoint, case):
+    """NaN or infinity in any tensor is refused."""
+    assert_refused(gpt_checkpoint, case, not_finite)
+
+
+@requirement("gpt_checkpoint.refuses.not-floating", source=LOADER)
+@given(case=damage_cases())
+def test_integers_as_weights_is_refused(gpt_checkpoint, case):
+    """A tensor of integers or booleans is refused."""
+    assert_refused(gpt_checkpoint, case, not_floating)
+
+
+@requirement("gpt_checkpoint.refuses.quantised", source="unslothai/unsloth#6200")
+@given(case=damage_cases())
+def test_quantised_weights_is_refused(gpt_checkpoint, case):
+    """8-bit weights with a scale beside them are refused, not taken without it."""
+    assert_refused(gpt_checkpoint, case, quantised)
+
+
+@requirement("gpt_checkpoint.refuses.truncated", source="osaurus-ai/vmlx-swift#217")
+@given(case=damage_cases())
+def test_a_truncated_file_is_refused(gpt_checkpoint, case):
+    """A file that ends anywhere before its end is refused."""
+    assert_refused(gpt_checkpoint, case, truncated)
+
+
+@requirement("gpt_checkpoint.refuses.flipped-byte", source=CHECKSUMS, level="extended")
+@given(case=damage_cases(container=OF_TORCH))
+def test_a_flipped_bit_is_refused(gpt_checkpoint, case):
+    """An archive of which one bit of one tensor has changed is refused, by its checksum."""
+    assert_refused(gpt_checkpoint, case, flipped_byte)
+
+
+@requirement(
+    "gpt_checkpoint.refuses.swapped-records",
+    source=CHECKSUMS,
+    level="extended",
+)
+@given(case=damage_cases(container=OF_TORCH))
+def test_exchanged_bytes_is_refused(gpt_checkpoint, case):
+    """An archive in which the bytes of two tensors were exchanged is refused, by its checksums."""
+    assert_refused(gpt_checkpoint, case, swapped_records)
+
+
+@requirement(
+    "gpt_checkpoint.refuses.pickled-code",
+    source="Dao-AILab/flash-attention#2585",
+)
+@given(case=damage_cases(container=OF_TORCH))
+def test_a_pickle_with_code_is_refused(gpt_checkpoint, case):
+    """A file whose pickle would run code is refused, and none of it is run."""
+    assert_refused(gpt_checkpoint, case, pickled_code)
+
+
+@requirement("gpt_checkpoint.refuses.other-files", source=LOADER)
+@given(case=damage_cases())
+def test_what_is_no_checkpoint_is_refused(gpt_checkpoint, case):
+    """A missing file, a folder, a web page, zeros or a bare pickle is refused."""
+    assert_refused(gpt_checkpoint, case, other_files)
+
+
+@requirement("gpt_checkpoint.refuses.damaged", source="osaurus-ai/vmlx-swift#217", level="extended")
+@given(case=damage_cases(layers=8))
+def test_no_damaged_file_is_taken_for_another_model(gpt_checkpoint, case):
+    """Of hundreds of files with random damage each is refused, or loads as if it were whole."""
+    assert_damaged_files_refused(gpt_checkpoint, case)
+
+
+# What errors say
+
+
+@requirement("gpt_checkpoint.errors.name-the-file", source=LOADER, level="extended")
+@given(case=damage_cases(container=OF_TORCH))
+def test_errors_name_the_file(gpt_checkpoint, case):
+    """The error with which a checkpoint is refused holds the name of its file."""
+    assert_names_file(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.errors.name-the-tensor", source=LOADER, level="extended")
+@given(case=damage_cases(container=OF_TORCH))
+def test_errors_name_the_tensor(gpt_checkpoint, case):
+    """The error with which a checkpoint is refused holds the name of the tensor to blame."""
+    assert_names_tensor(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.errors.deliberate", source=LOADER, level="extended")
+@given(case=damage_cases(container=OF_TORCH))
+def test_errors_are_deliberate(gpt_checkpoint, case):
+    """A checkpoint is refused on purpose, and not by a KeyError on the way."""
+    assert_deliberate(gpt_checkpoint, case)

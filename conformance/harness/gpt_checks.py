@@ -12,7 +12,7 @@ from torch import Tensor
 from conformance.harness.compare import assert_close_to, assert_different, assert_identical
 from conformance.harness.failures import ConformanceFailure
 from conformance.harness.gpt_cases import GPTCall, GPTCase
-from conformance.harness.gpt_oracle import expected
+from conformance.harness.gpt_oracle import Oracle, oracle
 from conformance.harness.gpt_subject import Loaded, inspected, load
 from conformance.harness.requirement import current_tally
 from conformance.harness.subject import Subject
@@ -37,23 +37,32 @@ def assert_facts(gpt_checkpoint: Subject, call: GPTCall, truth: dict[str, Any]) 
             )
 
 
+def everything(output: Tensor) -> Tensor:
+    """All of an output."""
+    return output
+
+
 def assert_function(
     loaded: Loaded,
-    call: GPTCall | None = None,
     *,
     ids: Tensor | None = None,
-    rows: Tensor | None = None,
+    against: Oracle | None = None,
+    part: Callable[[Tensor], Tensor] = everything,
+    of_oracle: Callable[[Tensor], Tensor] | None = None,
+    relative: float = 0.0,
     **masks: Any,
 ) -> None:
-    """Features and logits are those of the oracle, where ``rows`` bool [batch, tokens] is True."""
-    call = call or loaded.call
-    expectations = expected(call, ids, rows, **masks)
+    """Features and logits are those of the oracle.
+
+    ``part`` takes the part of the outputs that is compared, ``of_oracle`` the same part of the
+    oracle's, which is that of this call unless another is given. ``relative`` raises the limits.
+    """
+    against = against or oracle(loaded.call, ids, **masks)
     for name in OUTPUTS:
-        output = getattr(loaded, name)(ids, call, **masks)
-        if rows is not None:
-            output = torch.where(rows.to(output.device)[..., None], output, 0)
-        done = replace(call, done=f".load().{name}(ids)")
-        assert_close_to(output, expectations[name], done, name=name)
+        output = part(getattr(loaded, name)(ids, **masks))
+        expectation = against.expectation(name, of_oracle or part)
+        done = replace(loaded.call, done=f".load().{name}(ids)")
+        assert_close_to(output, expectation.allowing(relative), done, name=name)
 
 
 def assert_loads(gpt_checkpoint: Subject, case: GPTCase, *edits: str, **options: Any) -> Loaded:
@@ -128,10 +137,11 @@ def assert_causal(gpt_checkpoint: Subject, case: GPTCase) -> None:
 def assert_rows_independent(gpt_checkpoint: Subject, case: GPTCase) -> None:
     """Each row alone has the oracle's outputs, and other rows do not change its bits."""
     loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
-    ids = loaded.call.named("ids")
+    ids, whole = loaded.call.named("ids"), oracle(loaded.call)
+    assert_function(loaded, against=whole)
     for row in range(case.batch):
-        assert_function(loaded, ids=ids[row : row + 1])
-    assert_function(loaded)
+        alone = slice(row, row + 1)
+        assert_function(loaded, ids=ids[alone], against=whole, of_oracle=lambda x: x[alone])  # noqa: B023
     other = (ids + 1) % case.vocab
     other[0] = ids[0]
     keep = torch.zeros_like(ids, dtype=torch.bool)
@@ -143,11 +153,13 @@ def assert_any_length(gpt_checkpoint: Subject, case: GPTCase) -> None:
     """Long, short, long: calls of any length give the oracle's outputs, and the same ones again."""
     loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
     ids = loaded.call.named("ids")
+    longest = torch.cat([ids, ids.flip(0), ids], dim=1)
+    whole = oracle(loaded.call, longest)
     first = loaded.logits()
-    for length in (1, case.tokens, 2, case.tokens - 1):
-        assert_function(loaded, ids=ids[:, :length].contiguous())
-    doubled = torch.cat([ids, ids.flip(0), ids], dim=1)
-    assert_function(loaded, ids=doubled)
+    for length in (1, case.tokens, 2, 3 * case.tokens, case.tokens - 1):
+        start = longest[:, :length].contiguous()
+        # Attention is causal: the outputs of a beginning are the beginning of the outputs.
+        assert_function(loaded, ids=start, against=whole, of_oracle=lambda x: x[:, :length])  # noqa: B023
     done = replace(loaded.call, done=".load().logits(ids)")
     assert_identical(loaded.logits(), first, done, because="the call is repeated after others")
 
@@ -166,14 +178,16 @@ def assert_padding(gpt_checkpoint: Subject, case: GPTCase, side: str) -> None:
     loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
     ids = loaded.call.named("ids")
     valid = padding_of(case, side, gpt_checkpoint.device)
-    assert_function(loaded, rows=valid.cpu(), valid=valid)
-    for row in range(case.batch):
-        real = ids[row][valid[row]][None]
-        alone = expected(loaded.call, real)
-        for name in OUTPUTS:
-            output = getattr(loaded, name)(valid=valid)[row][valid[row]][None]
-            done = replace(loaded.call, done=f".load().{name}(ids, valid=valid)")
-            assert_close_to(output, alone[name], done, name=name)
+    assert_function(loaded, part=lambda x: x[valid.to(x.device)][None], valid=valid)
+    row = int(valid.sum(-1).argmin())
+    real = valid[row]
+    assert_function(
+        loaded,
+        against=oracle(loaded.call, ids[row][real][None]),
+        part=lambda x: x[row][real.to(x.device)][None],
+        of_oracle=everything,
+        valid=valid,
+    )
     other = torch.where(valid, ids, (ids + 1) % case.vocab)
     because = "the ids of padding were replaced"
     assert_rows_identical(loaded, other, valid, because=because, valid=valid)
@@ -188,11 +202,6 @@ def assert_documents(gpt_checkpoint: Subject, case: GPTCase) -> None:
     ids[:, cut] = start
     assert_function(loaded, ids=ids, document_start=start)
     assert_function(loaded, ids=ids)  # not asked for, the token is an ordinary one
-    second = expected(loaded.call, ids[:, cut:].contiguous())
-    for name in OUTPUTS:
-        output = getattr(loaded, name)(ids, document_start=start)[:, cut:]
-        done = replace(loaded.call, done=f".load().{name}(ids, document_start={start})")
-        assert_close_to(output, second[name], done, name=name)
     other = ids.clone()
     other[:, :cut] = (other[:, :cut] + 1) % start
     one = loaded.features(ids, document_start=start)[:, cut:]
@@ -261,15 +270,12 @@ def assert_normed_heads(gpt_checkpoint: Subject, case: GPTCase) -> None:
     head = case.seed % case.heads
     rows = f"{head * width}:{(head + 1) * width}"
     plain = load(gpt_checkpoint, case.call(device=device))
-    oracle = expected(plain.call)
+    whole = oracle(plain.call)
     for slot in (0, 1, *((2,) if case.format == "medium" else ())):
         edit = f"state['blocks.{layer}.{fused(case)}'][{slot}, {rows}] *= {SCALE_FACTOR}"
         loaded = load(gpt_checkpoint, case.call(edit, device=device))
-        assert_function(loaded)
-        for name in OUTPUTS:
-            done = replace(loaded.call, done=f".load().{name}(ids)")
-            # Epsilon is 1e-7 of a mean square of about 1, and moves the output by that share.
-            assert_close_to(getattr(loaded, name)(), oracle[name].allowing(1e-5), done, name=name)
+        # Epsilon is 1e-7 of a mean square of about 1, and moves the outputs by that share.
+        assert_function(loaded, against=whole, relative=1e-5)
 
 
 def assert_soft_cap(gpt_checkpoint: Subject, case: GPTCase) -> None:

@@ -7,7 +7,8 @@ deep network makes of rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,35 +50,48 @@ def run_reference(
         return {"features": features, "logits": model.logits(ids, **masks)}
 
 
-def expected(
-    call: GPTCall, ids: Tensor | None = None, rows: Tensor | None = None, **masks: Any
-) -> dict[str, Expectation]:
-    """Expectations of ``features`` and ``logits``; where ``rows`` bool [batch, tokens] is False, 0."""
+@dataclass(frozen=True)
+class Oracle:
+    """The outputs of one call in float64, and what is needed to say how far off others may be."""
+
+    value: dict[str, Tensor]
+    variant: dict[str, Tensor]
+    """The reference's outputs in the dtype of the call."""
+    noise: dict[str, Tensor]
+    dtype: torch.dtype
+
+    def expectation(
+        self, name: str, part: Callable[[Tensor], Tensor] = lambda output: output
+    ) -> Expectation:
+        """The expectation of ``features`` or ``logits``, or of a part of them."""
+        value, variant, noise = (
+            part(each[name]) for each in (self.value, self.variant, self.noise)
+        )
+        return expect(value, [variant], noise, self.dtype)
+
+
+def oracle(call: GPTCall, ids: Tensor | None = None, **masks: Any) -> Oracle:
+    """The oracle of a call's checkpoint on its ids, or on others."""
     ids = (call.named("ids") if ids is None else ids).cpu()
     kept = tuple((name, hashable(value)) for name, value in masks.items())
-    return _expected(call, hashable(ids), kept, None if rows is None else hashable(rows))
+    return _oracle(call, hashable(ids), kept)
 
 
 @remembered
-def _expected(call: GPTCall, ids: Any, masks: Masks, rows: Any) -> dict[str, Expectation]:
+def _oracle(call: GPTCall, ids: Any, masks: Masks) -> Oracle:
     given = {name: as_tensor(value) for name, value in masks}
     ids = torch.tensor(ids)
     value = run_reference(call, ids, given, torch.float64)
-    variants = [run_reference(call, ids, given, call.dtype)]
+    variant = run_reference(call, ids, given, call.dtype)
     moved = [
         run_reference(call, ids, given, torch.float64, perturbed=seed)
         for seed in range(1, PERTURBED + 1)
     ]
-    kept = torch.ones(ids.shape, dtype=torch.bool) if rows is None else torch.tensor(rows)
-    only = lambda output: torch.where(kept[..., None], output, 0)
-    expectations = {}
-    for name in value:
-        squares = [((each[name] - value[name]) / PERTURBATION).square() for each in moved]
-        noise = torch.stack(squares).mean(0).sqrt() + value[name].abs()
-        expectations[name] = expect(
-            only(value[name]), [only(each[name]) for each in variants], only(noise), call.dtype
-        )
-    return expectations
+    noise = {}
+    for name, exact in value.items():
+        squares = [((each[name] - exact) / PERTURBATION).square() for each in moved]
+        noise[name] = torch.stack(squares).mean(0).sqrt() + exact.abs()
+    return Oracle(value, variant, noise, call.dtype)
 
 
 def hashable(value: Any) -> Any:

@@ -137,7 +137,8 @@ def find_state(source: str, content: Any) -> tuple[Mapping[str, Tensor], dict[st
             problem = f"is a {found}, expected a tensor{missing}"
             raise CheckpointError(source, problem, key=str(name))
     if not state:
-        raise CheckpointError(source, "holds no tensors", key=key)
+        missing = "; and there is no entry 'model'" if key is None else ""
+        raise CheckpointError(source, f"holds no tensors{missing}", key=key)
     return state, rest
 
 
@@ -155,7 +156,7 @@ def open_torch(path: Path) -> StoredCheckpoint:
                     archive.read(record)
                 if record.compress_type != zipfile.ZIP_STORED:
                     raise zipfile.BadZipFile("the record is compressed")
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(source, f"the archive is truncated or damaged: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
