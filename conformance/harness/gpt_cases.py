@@ -27,7 +27,7 @@ from reference_impl.gpt.config import (
 )
 
 FORMATS = ("small", "medium")
-LAYERS = {"small": (12, 8, 6, 10), "medium": (16, 12, 8, 24)}
+LAYERS = {"small": (12, 8, 6, 10), "medium": (12, 16, 8)}
 HEADS = ((2, 16), (3, 8), (3, 16), (2, 8))
 """Number and width of heads, where the width is given."""
 WORLDS = (8, 1, 3, 7)
@@ -218,7 +218,8 @@ def gpt_cases(**fixed: Any) -> SearchStrategy[GPTCase]:
         if "heads" not in given:
             given["heads"], head_dim = draw(st.sampled_from(HEADS))
             given.setdefault("head_dim", head_dim)
-            if draw(st.integers(0, 7)) == 7 and "head_dim" not in fixed:
+            may_be_128 = format == "small" or given.get("layers", 16) == 16
+            if draw(st.integers(0, 7)) == 7 and may_be_128 and "head_dim" not in fixed:
                 given["heads"], given["head_dim"] = 1, None
         if given.get("head_dim", 0) is None:
             given.setdefault("layers", 16 if format == "medium" else 6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,11 @@ from conformance.harness.requirement import current_tally
 from conformance.harness.subject import Subject
 
 OUTPUTS = ("features", "logits")
+
+
+def one_output(case: GPTCase) -> tuple[str, ...]:
+    """Features or logits, by the case's seed: the cases of a requirement have both."""
+    return (OUTPUTS[case.seed % 2],)
 
 
 def assert_facts(gpt_checkpoint: Subject, call: GPTCall, truth: dict[str, Any]) -> None:
@@ -50,6 +55,7 @@ def assert_function(
     part: Callable[[Tensor], Tensor] = everything,
     of_oracle: Callable[[Tensor], Tensor] | None = None,
     relative: float = 0.0,
+    outputs: tuple[str, ...] = OUTPUTS,
     **masks: Any,
 ) -> None:
     """Features and logits are those of the oracle.
@@ -58,7 +64,7 @@ def assert_function(
     oracle's, which is that of this call unless another is given. ``relative`` raises the limits.
     """
     against = against or oracle(loaded.call, ids, **masks)
-    for name in OUTPUTS:
+    for name in outputs:
         output = part(getattr(loaded, name)(ids, **masks))
         expectation = against.expectation(name, of_oracle or part)
         done = replace(loaded.call, done=f".load().{name}(ids)")
@@ -73,35 +79,31 @@ def assert_loads(gpt_checkpoint: Subject, case: GPTCase, *edits: str, **options:
     return loaded
 
 
-def outputs(gpt_checkpoint: Subject, call: GPTCall, **masks: Any) -> dict[str, Tensor]:
-    """Features and logits of a fresh load."""
-    loaded = load(gpt_checkpoint, call)
-    return {name: getattr(loaded, name)(**masks) for name in OUTPUTS}
-
-
-def assert_no_influence(
-    gpt_checkpoint: Subject, case: GPTCase, *edits: str, because: str, before: tuple[str, ...] = ()
-) -> None:
-    """``edits`` of the state change nothing, bit for bit; ``before`` are made in both."""
-    device = gpt_checkpoint.device
-    one = outputs(gpt_checkpoint, case.call(*before, device=device))
-    call = case.call(*before, *edits, device=device)
-    other = outputs(gpt_checkpoint, call)
-    for name in OUTPUTS:
-        done = replace(call, done=f".load().{name}(ids)")
-        assert_identical(other[name], one[name], done, because=because)
+def logits_of(gpt_checkpoint: Subject, case: GPTCase, *edits: str) -> tuple[Tensor, GPTCall]:
+    """The logits of a fresh load of the edited checkpoint, and the call that gives them."""
+    call = case.call(*edits, device=gpt_checkpoint.device)
+    return load(gpt_checkpoint, call).logits(), replace(call, done=".load().logits(ids)")
 
 
 def assert_influence(
-    gpt_checkpoint: Subject, case: GPTCase, *edits: str, because: str, before: tuple[str, ...] = ()
+    gpt_checkpoint: Subject,
+    case: GPTCase,
+    edits: Mapping[str, str],
+    *,
+    without: Mapping[tuple[str, ...], str] | None = None,
+    before: tuple[str, ...] = (),
 ) -> None:
-    """``edits`` of the state change the logits."""
-    device = gpt_checkpoint.device
-    one = outputs(gpt_checkpoint, case.call(*before, device=device))
-    call = case.call(*before, *edits, device=device)
-    other = outputs(gpt_checkpoint, call)
-    done = replace(call, done=".load().logits(ids)")
-    assert_different(other["logits"], one["logits"], done, because=because)
+    """Each of ``edits`` changes the logits; those of ``without`` change nothing, bit for bit.
+
+    Both map lines that change the state to what they do, in words; ``before`` are made in any case.
+    """
+    plain, _ = logits_of(gpt_checkpoint, case, *before)
+    for lines, done in (without or {}).items():
+        logits, call = logits_of(gpt_checkpoint, case, *before, *lines)
+        assert_identical(logits, plain, call, because=f"without influence, {done}")
+    for line, done in edits.items():
+        logits, call = logits_of(gpt_checkpoint, case, *before, line)
+        assert_different(logits, plain, call, because=f"the logits are the same although {done}")
 
 
 def assert_rows_identical(
@@ -114,7 +116,7 @@ def assert_rows_identical(
     **masks: Any,
 ) -> None:
     """With ``ids`` in place of the call's, outputs where ``keep`` [batch, tokens] is True are equal."""
-    for name in OUTPUTS:
+    for name in one_output(loaded.call.case):
         one, other = getattr(loaded, name)(**masks), getattr(loaded, name)(ids, **masks)
         done = replace(loaded.call, done=f".load().{name}(ids)")
         assert_identical(compare(other)[keep], compare(one)[keep], done, because=because)
@@ -127,7 +129,7 @@ def assert_causal(gpt_checkpoint: Subject, case: GPTCase) -> None:
     cut = 1 + case.seed % (case.tokens - 1)
     other = ids.clone()
     other[:, cut:] = (other[:, cut:] + 1 + case.seed % (case.vocab - 1)) % case.vocab
-    assert_function(loaded, ids=other)
+    assert_function(loaded, ids=other, outputs=one_output(case))
     keep = torch.zeros_like(ids, dtype=torch.bool)
     keep[:, :cut] = True
     because = f"tokens from {cut} on were replaced, and outputs before them are compared"
@@ -141,7 +143,13 @@ def assert_rows_independent(gpt_checkpoint: Subject, case: GPTCase) -> None:
     assert_function(loaded, against=whole)
     for row in range(case.batch):
         alone = slice(row, row + 1)
-        assert_function(loaded, ids=ids[alone], against=whole, of_oracle=lambda x: x[alone])  # noqa: B023
+        assert_function(
+            loaded,
+            ids=ids[alone],
+            against=whole,
+            of_oracle=lambda x: x[alone],  # noqa: B023
+            outputs=one_output(case),
+        )
     other = (ids + 1) % case.vocab
     other[0] = ids[0]
     keep = torch.zeros_like(ids, dtype=torch.bool)
@@ -159,7 +167,13 @@ def assert_any_length(gpt_checkpoint: Subject, case: GPTCase) -> None:
     for length in (1, case.tokens, 2, 3 * case.tokens, case.tokens - 1):
         start = longest[:, :length].contiguous()
         # Attention is causal: the outputs of a beginning are the beginning of the outputs.
-        assert_function(loaded, ids=start, against=whole, of_oracle=lambda x: x[:, :length])  # noqa: B023
+        assert_function(
+            loaded,
+            ids=start,
+            against=whole,
+            of_oracle=lambda x: x[:, :length],  # noqa: B023
+            outputs=one_output(case),
+        )
     done = replace(loaded.call, done=".load().logits(ids)")
     assert_identical(loaded.logits(), first, done, because="the call is repeated after others")
 
@@ -186,6 +200,7 @@ def assert_padding(gpt_checkpoint: Subject, case: GPTCase, side: str) -> None:
         against=oracle(loaded.call, ids[row][real][None]),
         part=lambda x: x[row][real.to(x.device)][None],
         of_oracle=everything,
+        outputs=one_output(case),
         valid=valid,
     )
     other = torch.where(valid, ids, (ids + 1) % case.vocab)
@@ -201,7 +216,8 @@ def assert_documents(gpt_checkpoint: Subject, case: GPTCase) -> None:
     cut = 2 + case.seed % (case.tokens - 3)
     ids[:, cut] = start
     assert_function(loaded, ids=ids, document_start=start)
-    assert_function(loaded, ids=ids)  # not asked for, the token is an ordinary one
+    # Not asked for, the token is an ordinary one.
+    assert_function(loaded, ids=ids, outputs=one_output(case))
     other = ids.clone()
     other[:, :cut] = (other[:, :cut] + 1) % start
     one = loaded.features(ids, document_start=start)[:, cut:]
@@ -220,7 +236,7 @@ def assert_window(gpt_checkpoint: Subject, case: GPTCase) -> None:
         ids[0, at] = start
     ids = ids.to(gpt_checkpoint.device)
     masks = {"document_start": start, "window_blocks": case.drawn["window"]}
-    assert_function(loaded, ids=ids, **masks)
+    assert_function(loaded, ids=ids, outputs=one_output(case), **masks)
 
 
 def assert_ids_checked(gpt_checkpoint: Subject, case: GPTCase) -> None:
@@ -229,7 +245,7 @@ def assert_ids_checked(gpt_checkpoint: Subject, case: GPTCase) -> None:
     ids = loaded.call.named("ids").clone()
     row, token = case.seed % case.batch, case.seed % case.tokens
     ids[row, token] = case.vocab - 1
-    assert_function(loaded, ids=ids)
+    assert_function(loaded, ids=ids, outputs=one_output(case))
     for wrong in (case.vocab, case.head_rows, -1, -case.vocab):
         ids[row, token] = wrong
         try:
@@ -275,7 +291,7 @@ def assert_normed_heads(gpt_checkpoint: Subject, case: GPTCase) -> None:
         edit = f"state['blocks.{layer}.{fused(case)}'][{slot}, {rows}] *= {SCALE_FACTOR}"
         loaded = load(gpt_checkpoint, case.call(edit, device=device))
         # Epsilon is 1e-7 of a mean square of about 1, and moves the outputs by that share.
-        assert_function(loaded, against=whole, relative=1e-5)
+        assert_function(loaded, against=whole, relative=1e-5, outputs=one_output(case))
 
 
 def assert_soft_cap(gpt_checkpoint: Subject, case: GPTCase) -> None:
@@ -304,26 +320,18 @@ def assert_value_lambdas(gpt_checkpoint: Subject, case: GPTCase) -> None:
     pairs = f"state['scalars'][{3 * layers}:{5 * layers}]"
     off = f"{pairs} = torch.tensor([1.0, 0.0] * {layers})"
     only = f"{pairs} = torch.tensor([0.0, 1.0] * {layers})"
-    tables = [f"state['value_embeds.{i}.weight'].neg_()" for i in range(3)]
-    assert_no_influence(
-        gpt_checkpoint,
-        case,
-        *tables,
-        before=(off,),
-        because="value embeddings with a factor of 0 were negated",
-    )
+    tables = tuple(f"state['value_embeds.{i}.weight'].neg_()" for i in range(3))
     with_tables = [i for i in (0, 1, 2, layers - 3, layers - 2, layers - 1) if i != 7]
-    values = [f"state['blocks.{i}.{fused(case)}'][2].neg_()" for i in with_tables]
-    assert_no_influence(
+    values = tuple(f"state['blocks.{i}.{fused(case)}'][2].neg_()" for i in with_tables)
+    negated = "value embeddings with a factor of 0 were negated"
+    assert_influence(gpt_checkpoint, case, {}, without={tables: negated}, before=(off,))
+    assert_influence(
         gpt_checkpoint,
         case,
-        *values,
+        {table: f"value embedding {i} was negated" for i, table in enumerate(tables)},
+        without={values: "rows of W_v with a factor of 0 were negated"},
         before=(only,),
-        because="rows of W_v with a factor of 0 were negated",
     )
-    for i, table in enumerate(tables):
-        because = f"value embedding {i} was negated, and the logits are the same"
-        assert_influence(gpt_checkpoint, case, table, before=(only,), because=because)
 
 
 def used_skips(case: GPTCase) -> list[int]:
@@ -338,11 +346,12 @@ def assert_skip_weights(gpt_checkpoint: Subject, case: GPTCase) -> None:
     used = used_skips(case)
     unused = [i for i in range(case.layers) if i not in used]
     edit = f"state['scalars'][{unused}] += 1"
-    because = f"scalars {unused}, which no skip connection uses, were changed"
-    assert_no_influence(gpt_checkpoint, case, edit, because=because)
-    for index in used:
-        because = f"scalar {index}, a skip weight, was changed, and the logits are the same"
-        assert_influence(gpt_checkpoint, case, f"state['scalars'][{index}] += 1", because=because)
+    assert_influence(
+        gpt_checkpoint,
+        case,
+        {f"state['scalars'][{i}] += 1": f"scalar {i}, a skip weight, was changed" for i in used},
+        without={(edit,): f"scalars {unused}, which no skip connection uses, were changed"},
+    )
 
 
 def assert_eighth_block(gpt_checkpoint: Subject, case: GPTCase) -> None:
@@ -350,11 +359,13 @@ def assert_eighth_block(gpt_checkpoint: Subject, case: GPTCase) -> None:
     layers = case.layers
     attention, block = 3 * layers + 14, layers + 14
     edit = f"state['scalars'][{attention}:{attention + 2}] += 1"
-    because = "attention lambdas of the block without attention were changed"
-    assert_no_influence(gpt_checkpoint, case, edit, because=because)
-    for index in (block, block + 1):
-        because = f"scalar {index}, a lambda of the eighth block, was changed, to no effect"
-        assert_influence(gpt_checkpoint, case, f"state['scalars'][{index}] += 1", because=because)
+    changed = "a lambda of the eighth block, was changed"
+    assert_influence(
+        gpt_checkpoint,
+        case,
+        {f"state['scalars'][{i}] += 1": f"scalar {i}, {changed}" for i in (block, block + 1)},
+        without={(edit,): "attention lambdas of the block without attention were changed"},
+    )
 
 
 def assert_padding_scalars(gpt_checkpoint: Subject, case: GPTCase) -> None:
