@@ -93,7 +93,7 @@ def worst_index(found: Tensor, expected: Tensor) -> tuple[int, ...]:
 
 def shown_by(name: str, at: tuple[int, ...], expected: Tensor) -> str:
     """The line that prints one element of an output beside what it must be."""
-    variable = {"output": "out"}.get(name, name)
+    variable = {"output": "out", "features": "out", "logits": "out"}.get(name, name)
     value = f"{variable}{list(at)}.item()" if variable.isidentifier() else "out"
     return f"print({value}, 'expected {name}{list(at)}: {expected[at]:.6g}')"
 

@@ -67,8 +67,12 @@ def assert_function(
     for name in outputs:
         output = part(getattr(loaded, name)(ids, **masks))
         expectation = against.expectation(name, of_oracle or part)
-        done = replace(loaded.call, done=f".load().{name}(ids)")
-        assert_close_to(output, expectation.allowing(relative), done, name=name)
+        try:
+            assert_close_to(output, expectation.allowing(relative), loaded.last, name=name)
+        except ConformanceFailure as failure:
+            if part is not everything:  # its indices are not those of the output
+                failure.shown_by = "print(out)"
+            raise
 
 
 def assert_loads(gpt_checkpoint: Subject, case: GPTCase, *edits: str, **options: Any) -> Loaded:
@@ -81,8 +85,8 @@ def assert_loads(gpt_checkpoint: Subject, case: GPTCase, *edits: str, **options:
 
 def logits_of(gpt_checkpoint: Subject, case: GPTCase, *edits: str) -> tuple[Tensor, GPTCall]:
     """The logits of a fresh load of the edited checkpoint, and the call that gives them."""
-    call = case.call(*edits, device=gpt_checkpoint.device)
-    return load(gpt_checkpoint, call).logits(), replace(call, done=".load().logits(ids)")
+    loaded = load(gpt_checkpoint, case.call(*edits, device=gpt_checkpoint.device))
+    return loaded.logits(), loaded.last
 
 
 def assert_influence(
@@ -112,14 +116,12 @@ def assert_rows_identical(
     keep: Tensor,
     *,
     because: str,
-    compare: Callable[[Tensor], Tensor] = lambda output: output,
     **masks: Any,
 ) -> None:
     """With ``ids`` in place of the call's, outputs where ``keep`` [batch, tokens] is True are equal."""
     for name in one_output(loaded.call.case):
         one, other = getattr(loaded, name)(**masks), getattr(loaded, name)(ids, **masks)
-        done = replace(loaded.call, done=f".load().{name}(ids)")
-        assert_identical(compare(other)[keep], compare(one)[keep], done, because=because)
+        assert_identical(other[keep], one[keep], loaded.last, because=because)
 
 
 def assert_causal(gpt_checkpoint: Subject, case: GPTCase) -> None:
@@ -174,8 +176,8 @@ def assert_any_length(gpt_checkpoint: Subject, case: GPTCase) -> None:
             of_oracle=lambda x: x[:, :length],  # noqa: B023
             outputs=one_output(case),
         )
-    done = replace(loaded.call, done=".load().logits(ids)")
-    assert_identical(loaded.logits(), first, done, because="the call is repeated after others")
+    because = "the call is repeated after others"
+    assert_identical(loaded.logits(), first, loaded.last, because=because)
 
 
 def padding_of(case: GPTCase, side: str, device: str) -> Tensor:
@@ -222,8 +224,7 @@ def assert_documents(gpt_checkpoint: Subject, case: GPTCase) -> None:
     other[:, :cut] = (other[:, :cut] + 1) % start
     one = loaded.features(ids, document_start=start)[:, cut:]
     two = loaded.features(other, document_start=start)[:, cut:]
-    done = replace(loaded.call, done=f".load().features(ids, document_start={start})")
-    assert_identical(two, one, done, because="the document before was replaced")
+    assert_identical(two, one, loaded.last, because="the document before was replaced")
 
 
 def assert_window(gpt_checkpoint: Subject, case: GPTCase) -> None:
@@ -254,11 +255,8 @@ def assert_ids_checked(gpt_checkpoint: Subject, case: GPTCase) -> None:
             if not failure.kind.startswith("raised "):
                 raise
         else:
-            done = replace(
-                loaded.call.then(f"ids[{row}, {token}] = {wrong}"), done=".load().logits(ids)"
-            )
             summary = f"the id {wrong} has no embedding among {case.vocab}, and is taken"
-            raise ConformanceFailure("accepted", summary, call=done)
+            raise ConformanceFailure("accepted", summary, call=loaded.last)
     current_tally().comparisons["exact"] += 1
 
 
@@ -300,18 +298,16 @@ def assert_soft_cap(gpt_checkpoint: Subject, case: GPTCase) -> None:
     low, middle, high = (0.0, 15.0, 30.0) if small else (-15.0, 0.0, 15.0)
     head = "lm_head.weight" if small else "lm_head_w"
     zero = load(gpt_checkpoint, case.call(f"state['{head}'].zero_()", device=device))
-    done = replace(zero.call, done=".load().logits(ids)")
     logits = zero.logits()
     because = f"a head of zeros gives logits of {middle}"
-    assert_identical(logits, torch.full_like(logits, middle), done, because=because)
+    assert_identical(logits, torch.full_like(logits, middle), zero.last, because=because)
     large = load(gpt_checkpoint, case.call(f"state['{head}'] *= 1000", device=device))
     assert_function(large)
     logits = large.logits()
     if float(logits.min()) < low or float(logits.max()) > high:
-        done = replace(large.call, done=".load().logits(ids)")
         found = f"logits from {float(logits.min()):.6g} to {float(logits.max()):.6g}"
         summary = f"{found}, expected from {low} to {high}"
-        raise ConformanceFailure("out of bounds", summary, call=done)
+        raise ConformanceFailure("out of bounds", summary, call=large.last)
 
 
 def assert_value_lambdas(gpt_checkpoint: Subject, case: GPTCase) -> None:
@@ -376,6 +372,5 @@ def assert_padding_scalars(gpt_checkpoint: Subject, case: GPTCase) -> None:
         tail = f"torch.full(({size - needed},), {float(value)})"
         edit = f"state['scalars'] = torch.cat([state['scalars'][:{needed}], {tail}])"
         other = load(gpt_checkpoint, case.call(edit, device=device))
-        done = replace(other.call, done=".load().logits(ids)")
         because = f"{size} scalars of which the first {needed} are the same"
-        assert_identical(other.logits(), loaded.logits(), done, because=because)
+        assert_identical(other.logits(), loaded.logits(), other.last, because=because)

@@ -86,14 +86,16 @@ class Loaded:
     def __init__(self, model: Any, call: GPTCall) -> None:
         self.model = model
         self.call = call
+        self.last = call
+        """The latest call of ``features`` or ``logits``, as it was made."""
 
-    def features(self, ids: Tensor | None = None, call: GPTCall | None = None, **masks) -> Tensor:
-        """Features [batch, tokens, model_dim] of the call's ids."""
-        return self._run("features", ids, call, masks)
+    def features(self, ids: Tensor | None = None, **masks: Any) -> Tensor:
+        """Features [batch, tokens, model_dim] of the call's ids, or of others."""
+        return self._run("features", ids, masks)
 
-    def logits(self, ids: Tensor | None = None, call: GPTCall | None = None, **masks) -> Tensor:
-        """Logits [batch, tokens, rows of the head] of the call's ids."""
-        return self._run("logits", ids, call, masks)
+    def logits(self, ids: Tensor | None = None, **masks: Any) -> Tensor:
+        """Logits [batch, tokens, rows of the head] of the call's ids, or of others."""
+        return self._run("logits", ids, masks)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of the checkpoint; declined by a model that does not give them."""
@@ -119,13 +121,11 @@ class Loaded:
             raise Declined(f"the model has no method {name}")
         return method
 
-    def _run(
-        self, name: str, ids: Tensor | None, call: GPTCall | None, masks: Mapping[str, Any]
-    ) -> Tensor:
-        call = call or self.call
+    def _run(self, name: str, ids: Tensor | None, masks: Mapping[str, Any]) -> Tensor:
+        call = self.call
         ids = call.named("ids") if ids is None else ids
         written = "".join(f", {option}={_written(value)}" for option, value in masks.items())
-        call = replace(call, done=f".load().{name}({_written(ids, call)}{written})")
+        self.last = call = replace(call, done=f".load().{name}({_written(ids, call)}{written})")
         method = getattr(self.model, name)
         decline_unless_taken(method, masks)
         watched = changes_caught([ids, *masks.values()])

@@ -72,7 +72,10 @@ class GPTBatched(nn.Module):
 
     def logits(self, ids_BT: Tensor, **masks: Tensor | int | None) -> Tensor:
         """Logits [B, T, V] after the soft cap, in float32 at least; options as in :meth:`features`."""
-        features_BTC = self.features(ids_BT, **masks)
+        return self.logits_of(self.features(ids_BT, **masks))
+
+    def logits_of(self, features_BTC: Tensor) -> Tensor:
+        """The logits of features."""
         logits_BTV = F.linear(features_BTC, self.weight(self.lm_head))
         logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
         return self.soft_cap(logits_BTV)

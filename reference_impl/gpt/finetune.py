@@ -146,20 +146,25 @@ class FineTuningArguments(Protocol):
 
 
 def load_pretrained_model(
-    args: FineTuningArguments, model: SequenceClassifier, **optimizer_options: Any
+    args: FineTuningArguments,
+    model: SequenceClassifier,
+    *,
+    head_dim: int | None = None,
+    **optimizer_options: Any,
 ) -> tuple[SequenceClassifier, torch.optim.AdamW, torch.amp.GradScaler]:
     """Put a checkpoint into ``model``; returns ``(model, optimizer, scaler)``, on ``args.device``.
 
     Every weight becomes float32, because an optimizer's small steps vanish in a bfloat16 weight;
     ``args.dtype`` is the dtype of the matrix products. The scaler is enabled for float16 alone.
-    ``optimizer_options`` go to :func:`configure_optimizers`. Raises ValueError for an unknown dtype
-    or a width that is not the classifier's, and
-    :class:`~reference_impl.gpt.files.CheckpointError` for a checkpoint that cannot be used.
+    ``head_dim`` is for shapes that do not tell it, and ``optimizer_options`` go to
+    :func:`configure_optimizers`. Raises ValueError for an unknown dtype or a width that is not the
+    classifier's, and :class:`~reference_impl.gpt.files.CheckpointError` for a checkpoint that cannot
+    be used.
     """
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}, expected one of {', '.join(DTYPES)}")
     pretrained, info, _ = load_pretrained_checkpoint(
-        args.pretrained_ckpt_path, device=args.device, dtype=torch.float32
+        args.pretrained_ckpt_path, device=args.device, dtype=torch.float32, head_dim=head_dim
     )
     model.pretrained_model = pretrained
     model.check_pretrained()
