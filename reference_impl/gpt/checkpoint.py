@@ -129,10 +129,12 @@ class CheckpointReader:
             int(match[1]) for key in self.tensors if (match := re.match(r"blocks\.(\d+)\.", key))
         }
         count = len(numbers)
-        missing = sorted(set(range(max(numbers) + 1)) - numbers)
-        if missing:
+        if not count:
+            raise self.error("is missing: blocks are numbered from 0", "blocks.0")
+        missing = next((layer for layer in range(count) if layer not in numbers), None)
+        if missing is not None:
             problem = f"is missing, and there are blocks up to {max(numbers)}"
-            raise self.error(problem, f"blocks.{missing[0]}")
+            raise self.error(problem, f"blocks.{missing}")
         if count < FEWEST_LAYERS or count % 2:
             raise self.error(
                 f"has {count} blocks, expected an even number of at least {FEWEST_LAYERS}", "blocks"

@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import tempfile
+import secrets
+import shutil
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -86,8 +88,11 @@ def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> Store
     if not path.is_file():
         found = "is a folder, expected a file" if path.is_dir() else "there is no such file"
         raise CheckpointError(str(path), found)
-    with path.open("rb") as file:
-        start = file.read(9)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(str(path), f"cannot be read: {error.strerror}") from error
     if start[:4] == b"PK\x03\x04":
         return open_torch(path)
     if start[8:9] == b"{":
@@ -124,18 +129,22 @@ def find_state(source: str, content: Any) -> tuple[Mapping[str, Tensor], dict[st
         raise CheckpointError(source, f"has the entries {' and '.join(holders)}, expected one")
     if holders:
         state, key = content[holders[0]], holders[0]
-        rest = {k: v for k, v in content.items() if k != key and not k.startswith("optim")}
+        rest = {k: v for k, v in content.items() if k != key and not str(k).startswith("optim")}
     else:
         state, key, rest = content, None, {}
     if not isinstance(state, Mapping):
         found = type(state).__name__
         raise CheckpointError(source, f"is a {found}, expected a state dictionary", key=key)
     for name, value in state.items():
+        if not isinstance(name, str):
+            raise CheckpointError(source, f"has a name that is no text: {name!r}", key=key)
         if not isinstance(value, Tensor):
             found = type(value).__name__
             missing = "; and there is no entry 'model'" if key is None else ""
             problem = f"is a {found}, expected a tensor{missing}"
-            raise CheckpointError(source, problem, key=str(name))
+            raise CheckpointError(source, problem, key=name)
+        if value.layout is not torch.strided:
+            raise CheckpointError(source, f"is {value.layout}, expected dense", key=name)
     if not state:
         missing = "; and there is no entry 'model'" if key is None else ""
         raise CheckpointError(source, f"holds no tensors{missing}", key=key)
@@ -153,7 +162,9 @@ def open_torch(path: Path) -> StoredCheckpoint:
             records = archive.infolist()
             for record in records:
                 if "/data/" not in record.filename:
-                    archive.read(record)
+                    content = archive.read(record)
+                if record.filename.endswith("/byteorder") and content.decode() != sys.byteorder:
+                    raise zipfile.BadZipFile(f"its tensors are {content.decode()}-endian")
                 if record.compress_type != zipfile.ZIP_STORED:
                     raise zipfile.BadZipFile("the record is compressed")
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
@@ -353,17 +364,22 @@ class SafeTensor:
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that at any moment either the old one or the whole new one is there."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    """Write a file so that at any moment either the old one or the whole new one is there.
+
+    A link is followed, and an old file's permissions are kept.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
