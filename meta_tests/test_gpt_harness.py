@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from conformance.harness import profiles
 from conformance.harness.failures import ConformanceFailure, Declined
 from conformance.harness.gpt_cases import GPTCase
 from conformance.harness.gpt_damage import DAMAGES, FILES_OF_A_CASE, byte_damages, damaged_call
 from conformance.harness.gpt_oracle import oracle
 from conformance.harness.messages import reproduction
-from conformance.harness.profiles import PROFILES
 from conformance.harness.requirement import all_requirements
 from reference_impl.gpt import CheckpointError, CheckpointReader, GPTBatched
 from reference_impl.gpt.__main__ import main
@@ -35,6 +35,14 @@ def one_thread():
 def case(**fields):
     defaults = {"layers": 8, "heads": 2, "head_dim": 8, "wrapped": "", "tokens": 5}
     return GPTCase(**(defaults | {"extra": NUMBERS} | fields))
+
+
+def failure_of(slug, method):
+    """The failure of a requirement, on the first case that shows it."""
+    settings = profiles.without_shrinking(profiles.PROFILES["gate"])
+    with profiles.temporarily(settings), pytest.raises(ConformanceFailure) as caught:
+        REQUIREMENTS[slug].check(method)
+    return caught.value
 
 
 class Transposed(GPTBatched):
@@ -85,18 +93,15 @@ def test_the_lines_that_reproduce_a_failure_run_by_themselves(reader, slug, monk
     """Pasted into an interpreter, with the adapter imported, they run and show the fault."""
     adapter = types.SimpleNamespace(gpt_checkpoint=reader)
     monkeypatch.setitem(sys.modules, "my_adapter", adapter)
-    with pytest.raises(ConformanceFailure) as caught:
-        REQUIREMENTS[slug].check(reader)
+    failure = failure_of(slug, reader)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec("\n".join(reproduction(caught.value)), {})
+        exec("\n".join(reproduction(failure)), {})
     assert printed.getvalue().strip()
 
 
 def test_a_transposed_projection_is_told_in_the_failure():
-    with pytest.raises(ConformanceFailure) as caught:
-        REQUIREMENTS["gpt_checkpoint.function.small"].check(TransposedReader)
-    text = str(caught.value)
+    text = str(failure_of("gpt_checkpoint.function.small", TransposedReader))
     assert "gpt_checkpoint.function.small (core): wrong values" in text
     assert "features differs from the oracle" in text
 
@@ -142,8 +147,8 @@ def test_damaged_bytes_are_refused_with_one_error_or_change_nothing(container):
 
 
 def test_ten_thousand_files_are_damaged_a_night():
-    assert PROFILES["gate"].max_examples * FILES_OF_A_CASE >= 500
-    assert PROFILES["nightly"].max_examples * FILES_OF_A_CASE >= 10_000
+    assert profiles.PROFILES["gate"].max_examples * FILES_OF_A_CASE >= 500
+    assert profiles.PROFILES["nightly"].max_examples * FILES_OF_A_CASE >= 10_000
 
 
 def test_every_tensor_of_a_case_is_asymmetric_and_not_zero():
@@ -178,8 +183,7 @@ def test_a_loader_that_refuses_everything_fails():
         raise ValueError("no")
 
     for slug in ("gpt_checkpoint.function.small", "gpt_checkpoint.refuses.missing-tensor"):
-        with pytest.raises(ConformanceFailure, match="raised ValueError"):
-            REQUIREMENTS[slug].check(gpt_checkpoint)
+        assert failure_of(slug, gpt_checkpoint).kind == "raised ValueError"
 
 
 def test_the_command_prints_what_a_checkpoint_holds(capsys):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reference_impl.gpt import layers, masks
 from reference_impl.gpt.config import VALUE_EMBEDDINGS, GPTConfig
-from reference_impl.gpt.files import save_state
+from reference_impl.gpt.saving import save_state
 
 
 class Block(nn.Module):

@@ -2,7 +2,7 @@
 
 Everything is detected from the names and shapes of the tensors. A checkpoint is taken whole or not at
 all: a tensor that is missing, left over, misshapen, not finite or named twice is a
-:class:`~reference_impl.gpt.files.CheckpointError` that names the file and the tensor.
+:class:`~reference_impl.gpt.stored.CheckpointError` that names the file and the tensor.
 
 The steps are methods of :class:`CheckpointReader`, so that a planted bug replaces one of them.
 """
@@ -31,13 +31,8 @@ from reference_impl.gpt.config import (
     scalars_needed,
     state_shapes,
 )
-from reference_impl.gpt.files import (
-    CheckpointError,
-    LazyState,
-    StoredCheckpoint,
-    StoredTensor,
-    open_checkpoint,
-)
+from reference_impl.gpt.files import open_checkpoint
+from reference_impl.gpt.stored import CheckpointError, LazyState, StoredCheckpoint, StoredTensor
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 """The path of a checkpoint, or the dictionary itself."""
@@ -126,7 +121,9 @@ class CheckpointReader:
     def count_layers(self) -> int:
         """The number of blocks, which are numbered from 0 without a gap."""
         numbers = {
-            int(match[1]) for key in self.tensors if (match := re.match(r"blocks\.(\d+)\.", key))
+            int(match[1])
+            for key in self.tensors
+            if (match := re.match(r"blocks\.(\d{1,9})\.", key))
         }
         count = len(numbers)
         if not count:
