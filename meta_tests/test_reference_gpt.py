@@ -1638,3 +1638,34 @@ def test_saving_follows_links_and_keeps_permissions(name, tmp_path):
     model.save(fresh)
     plain.touch()
     assert fresh.stat().st_mode == plain.stat().st_mode
+
+
+def test_values_beyond_the_range_of_the_asked_dtype_are_refused(tmp_path):
+    state, path = tiny(), tmp_path / "state.pt"
+    state["blocks.2.mlp.fc_w" if "lm_head_w" in state else "blocks.2.mlp.c_fc.weight"][3, 1] = 1e6
+    written(state, path, "training")
+    assert loaded(path).state()
+    with pytest.raises(CheckpointError, match=r"blocks\.2\.mlp.*range of torch.float16"):
+        load_pretrained_checkpoint(path, dtype=torch.float16, head_dim=8)
+
+
+def test_a_dtype_that_is_not_floating_is_refused(tmp_path):
+    path = written(tiny(), tmp_path / "state.pt", "training")
+    with pytest.raises(ValueError, match=r"dtype is torch\.int32"):
+        load_pretrained_checkpoint(path, dtype=torch.int32, head_dim=8)
+
+
+def test_a_shared_storage_is_read_once_and_then_forgotten(tmp_path, monkeypatch):
+    from reference_impl.gpt import archives
+
+    reads = []
+    read_bytes = archives.read_bytes
+    monkeypatch.setattr(archives, "read_bytes", lambda *a: reads.append(a) or read_bytes(*a))
+    path = tmp_path / "state.pt"
+    torch.save({"model": in_one_storage(tiny())}, path)
+    for _ in range(2):
+        reader = CheckpointReader(path, head_dim=8)
+        reads.clear()
+        reader.load()
+        assert len(reads) == 1
+        assert all(t.read.shared.bytes is None for t in reader.tensors.values())

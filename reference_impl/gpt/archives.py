@@ -36,13 +36,12 @@ def open_archive(path: Path) -> StoredCheckpoint:
     state, rest = find_state(source, content)
     place_of = places_of_storages(source, storages, data_places(file, records))
     uses = Counter(storage_of(tensor) for tensor in state.values())
-    shared = SharedStorage()
+    shared = {storage: SharedStorage(count) for storage, count in uses.items() if count > 1}
     tensors = {}
     for key, tensor in state.items():
         place = place_of.get(storage_of(tensor), EMPTY)
         layout = Strided.of(tensor)
-        several = shared if uses[storage_of(tensor)] > 1 else None
-        read = ArchivedTensor(file, key, place, layout, several)
+        read = ArchivedTensor(file, key, place, layout, shared.get(storage_of(tensor)))
         tensors[key] = StoredTensor(tuple(tensor.shape), tensor.dtype, read)
     return StoredCheckpoint(source, tensors, rest)
 
@@ -169,16 +168,19 @@ class Strided:
 
 
 class SharedStorage:
-    """The latest storage that several tensors share, so that it is not read once for each."""
+    """A storage that several tensors share: read for the first, and forgotten after the last."""
 
-    def __init__(self) -> None:
-        self.latest: tuple[Place, Tensor] | None = None
+    def __init__(self, uses: int) -> None:
+        self.uses = self.left = uses
+        self.bytes: Tensor | None = None
 
     def __call__(self, tensor: ArchivedTensor) -> Tensor:
         """The storage of ``tensor``, which nobody may change."""
-        if self.latest is None or self.latest[0] != tensor.place:
-            self.latest = tensor.place, tensor.read_storage()
-        return self.latest[1]
+        storage = tensor.read_storage() if self.bytes is None else self.bytes
+        self.left -= 1
+        self.bytes = storage if self.left else None
+        self.left = self.left or self.uses
+        return storage
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ class CheckpointReader:
         device: torch.device | str = "cpu",
     ) -> None:
         """``head_dim`` where the shapes alone do not tell; ``dtype`` to hold and compute in."""
+        if dtype is not None and dtype not in FLOATING:
+            raise ValueError(f"dtype is {dtype}, expected one of {', '.join(map(str, FLOATING))}")
         self.head_dim = head_dim
         self.dtype = dtype
         self.device = torch.device(device)
@@ -276,17 +278,21 @@ class CheckpointReader:
         return tqdm(keys, desc=f"loading {self.stored.source}", unit="tensor")
 
     def read(self, key: str) -> Tensor:
-        """One tensor in the dtype that the model holds it in."""
+        """One tensor in the dtype that the model holds it in, on its device."""
         tensor = self.tensors[key].read()
+        self.check_finite(tensor, key, "that are not finite")
+        converted = tensor.to(device=self.device, dtype=self.dtype)
+        if converted.dtype != tensor.dtype:
+            self.check_finite(converted, key, f"beyond the range of {converted.dtype}")
+        return converted
+
+    def check_finite(self, tensor: Tensor, key: str, what: str) -> None:
+        """Raise unless every value is finite."""
         # The extremes tell it without a temporary; isfinite makes several of the tensor's size.
         if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
             wrong = ~tensor.isfinite()
-            raise self.error(
-                f"holds {int(wrong.sum())} values that are not finite, the first at "
-                f"{wrong.nonzero()[0].tolist()}",
-                key,
-            )
-        return tensor.to(device=self.device, dtype=self.dtype)
+            first = wrong.nonzero()[0].tolist()
+            raise self.error(f"holds {int(wrong.sum())} values {what}, the first at {first}", key)
 
     def check_padding(self, scalars: Tensor, config: GPTConfig) -> None:
         """Warn of padding that is not what the script writes; it has no influence either way."""
