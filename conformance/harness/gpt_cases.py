@@ -27,8 +27,8 @@ from reference_impl.gpt.config import (
 )
 
 FORMATS = ("small", "medium")
-LAYERS = {"small": (12, 8, 6, 10), "medium": (12, 16, 8)}
-HEADS = ((2, 16), (3, 8), (3, 16), (2, 8))
+LAYERS = {"small": (8, 12, 6, 10), "medium": (12, 16, 8)}
+HEADS = ((2, 16), (3, 8), (3, 12), (2, 8))
 """Number and width of heads, where the width is given."""
 WORLDS = (8, 1, 3, 7)
 CONTAINERS = ("training", "bare", "safetensors")
