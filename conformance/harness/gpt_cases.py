@@ -6,7 +6,6 @@ initialised checkpoint has zero projections, and every wrong conversion of it co
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -186,11 +185,26 @@ class GPTCase:
         return GPTCall("gpt_checkpoint", lines, ("source",), tuple(options.items()), case=self)
 
 
-@functools.lru_cache(maxsize=8)  # each holds a checkpoint in memory and on disk
+KEPT = 8
+_namespaces: dict[tuple[str, ...], dict[str, Any]] = {}
+"""What the latest calls' lines define: each holds a checkpoint in memory and on disk."""
+
+
 def _execute(lines: tuple[str, ...]) -> dict[str, Any]:
-    namespace: dict[str, Any] = {"torch": torch}
-    exec(compile("\n".join(lines), "<reproduction>", "exec"), namespace)
-    return namespace
+    if lines not in _namespaces:
+        while len(_namespaces) >= KEPT:
+            _forget(next(iter(_namespaces)))
+        namespace: dict[str, Any] = {"torch": torch}
+        exec(compile("\n".join(lines), "<reproduction>", "exec"), namespace)
+        _namespaces[lines] = namespace
+    return _namespaces[lines]
+
+
+def _forget(lines: tuple[str, ...]) -> None:
+    """Free the checkpoint at once: its functions and their namespace refer to each other."""
+    namespace = _namespaces.pop(lines)
+    namespace["folder"].cleanup()
+    namespace.clear()
 
 
 @dataclass(frozen=True)

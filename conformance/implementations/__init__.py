@@ -51,6 +51,11 @@ BUNDLED: dict[str, Bundled] = {
             "torch's FlexAttention, compiled by inductor",
         ),
         _bundled(
+            "torch-load",
+            "torch_checkpoint:TorchCheckpoint",
+            "checkpoints by torch.load and a strict load_state_dict",
+        ),
+        _bundled(
             "transformers-eager",
             "transformers_attention:TransformersEager",
             "transformers' eager attention, masks, rotary embeddings and cache",
