@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-CATALOGUES = ("attention", "rope", "checkpoint")
+CATALOGUES = ("attention", "rope", "checkpoint", "gpt_checkpoint", "gpt_loading")
 
 
 class DataMissing(FileNotFoundError):

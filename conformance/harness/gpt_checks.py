@@ -16,6 +16,7 @@ from conformance.harness.gpt_oracle import Oracle, oracle
 from conformance.harness.gpt_subject import Loaded, inspected, load
 from conformance.harness.requirement import current_tally
 from conformance.harness.subject import Subject
+from conformance.harness.tolerance import STEP_ERROR
 
 OUTPUTS = ("features", "logits")
 
@@ -304,7 +305,9 @@ def assert_soft_cap(gpt_checkpoint: Subject, case: GPTCase) -> None:
     large = load(gpt_checkpoint, case.call(f"state['{head}'] *= 1000", device=device))
     assert_function(large)
     logits = large.logits()
-    if float(logits.min()) < low or float(logits.max()) > high:
+    # 15·z·rsqrt(z² + 225) rounds to 15.000001 for large z: two steps of float32 were seen.
+    margin = high * STEP_ERROR[torch.float32]
+    if float(logits.min()) < low - margin or float(logits.max()) > high + margin:
         found = f"logits from {float(logits.min()):.6g} to {float(logits.max()):.6g}"
         summary = f"{found}, expected from {low} to {high}"
         raise ConformanceFailure("out of bounds", summary, call=large.last)

@@ -58,7 +58,10 @@ class TorchReader:
         self.dtype, self.device, self.head_dim = dtype, device, head_dim
         content = opened(source)
         self.container = container_of(source)
-        self.state = bare_names(content.get("model", content))
+        state = content.get("model", content) if isinstance(content, Mapping) else content
+        if not isinstance(state, Mapping):
+            raise ValueError(f"model is a {type(state).__name__}, expected a dictionary")
+        self.state = bare_names(state)
         self.facts = facts_of(self.state, head_dim)
 
     def inspect(self) -> dict[str, Any]:
@@ -111,8 +114,12 @@ def bare_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def facts_of(state: Mapping[str, Tensor], head_dim: int | None) -> dict[str, Any]:
     """What names and shapes tell."""
     small = "lm_head.weight" in state
+    head = "lm_head.weight" if small else "lm_head_w"
+    for key in ("embed.weight", head, "scalars"):
+        if not isinstance(state.get(key), Tensor) or state[key].ndim != (key != "scalars") + 1:
+            raise ValueError(f"{key} is missing, or not a tensor of the right dimensions")
     rows, width = state["embed.weight"].shape
-    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    layers = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     if layers < 6 or layers % 2:
         raise ValueError(f"{layers} blocks, expected an even number of at least 6")
     if head_dim is None:
@@ -124,7 +131,7 @@ def facts_of(state: Mapping[str, Tensor], head_dim: int | None) -> dict[str, Any
     size = state["scalars"].numel()
     if size < 5 * layers:
         raise ValueError(f"{size} scalars, expected at least {5 * layers}")
-    head_rows = state["lm_head.weight" if small else "lm_head_w"].shape[0]
+    head_rows = state[head].shape[0]
     if head_rows < rows:
         raise ValueError(f"the head has {head_rows} rows, the embeddings have {rows}")
     return {
@@ -320,6 +327,8 @@ class TorchGPT(nn.Module):
             visible = visible & valid[:, None, None]
         if window_blocks is None:
             return [visible] * self.layers
+        if self.layers != (12 if self.small else 16):
+            raise NotImplementedError("the scripts fix the windows of 12 small or 16 medium blocks")
         kept = {
             long: torch.stack([kept_blocks(row, window_blocks // (2 - long)) for row in document])
             for long in (True, False)

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-AREAS = ("attention", "rotary", "cached_attention", "gpt_checkpoint")
+AREAS = ("attention", "rotary", "cached_attention", "gpt_function", "gpt_loading")
 
 
 @dataclass(frozen=True)
