@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from conformance.correct_variants import correct_variant
-from reference_impl.gpt import CheckpointReader, GPTBatched
+from reference_impl.gpt import CheckpointReader, GPTBatched, layers
 from reference_impl.gpt.batched import from_state
 from reference_impl.gpt.layers import ATTENTION_SCALE, ROTARY_BASE
 from reference_impl.gpt.stored import StoredTensor
@@ -101,6 +101,18 @@ class NormAfterRotation(GPTBatched):
         wide = x_BHTD.to(torch.promote_types(x_BHTD.dtype, torch.float32))
         epsilon = torch.finfo(x_BHTD.dtype).eps
         return F.rms_norm(self.rotate(wide), (wide.shape[-1],), eps=epsilon).to(x_BHTD.dtype)
+
+
+@computes("gpt-medium-normed-input")
+class NormedInput(GPTBatched):
+    """Attention reads the normed stream in the medium model too: all it gives is normed again.
+
+    A norm without weight scales each token by one number, and the norms of queries, keys and values
+    take it out; what is left is the difference of two epsilons.
+    """
+
+    def attention_input(self, x_BTC):
+        return layers.norm(x_BTC)
 
 
 @computes("gpt-separate-projections")

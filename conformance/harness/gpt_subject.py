@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -72,7 +73,8 @@ def inspected(gpt_checkpoint: Subject, call: GPTCall) -> Mapping[str, Any]:
 def load(gpt_checkpoint: Subject, call: GPTCall) -> Loaded:
     """The model of the call's checkpoint."""
     call = replace(call, done=".load()")
-    with uninitialised_memory_is_nan():
+    with uninitialised_memory_is_nan(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a loader may say that padding is not as it is written
         reader = open_reader(gpt_checkpoint, call)
         with failing_at(call), errors_named("load()"):
             model = reader.load()
