@@ -51,6 +51,7 @@ from conformance.harness.gpt_damage import (
     short_scalars,
     stored_twice,
     swapped_records,
+    transposed_tensor,
     truncated,
     uneven_heads,
     unknown_head_width,
@@ -470,7 +471,7 @@ def test_a_missing_tensor_is_refused(gpt_checkpoint, case):
 @given(case=damage_cases())
 def test_a_tensor_left_over_is_refused(gpt_checkpoint, case):
     """A tensor that no part of the model takes is refused."""
-    assert_refused(gpt_checkpoint, case, left_over_tensor)
+    assert_refused(gpt_checkpoint, case, left_over_tensor, kinds=3)
 
 
 @requirement("gpt_checkpoint.refuses.mixed-formats", source=LOADER)
@@ -515,11 +516,18 @@ def test_names_that_contain_a_prefix_is_refused(gpt_checkpoint, case):
     assert_refused(gpt_checkpoint, case, half_wrapped_name)
 
 
-@requirement("gpt_checkpoint.refuses.misshapen-tensor", source="nntile/nntile#402")
+@requirement("gpt_checkpoint.refuses.misshapen-tensor", source=LOADER)
 @given(case=damage_cases())
 def test_a_misshapen_tensor_is_refused(gpt_checkpoint, case):
-    """A tensor of another shape is refused, also where its transpose would fit."""
-    assert_refused(gpt_checkpoint, case, misshapen_tensor)
+    """A tensor of another shape than the model's is refused."""
+    assert_refused(gpt_checkpoint, case, misshapen_tensor, kinds=3)
+
+
+@requirement("gpt_checkpoint.refuses.transposed-tensor", source="nntile/nntile#402")
+@given(case=damage_cases())
+def test_a_transposed_tensor_is_refused(gpt_checkpoint, case):
+    """A matrix that is stored as its transpose is refused, not turned until it fits."""
+    assert_refused(gpt_checkpoint, case, transposed_tensor)
 
 
 @requirement("gpt_checkpoint.refuses.narrow-heads", source=BOTH)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -677,7 +678,7 @@ class ScalarsNotCopied(Tensors):
     def edit(self, bare):
         for key, tensor in self.given.get("model", {}).items():
             if key.endswith("scalars"):
-                bare["scalars"] = replace(bare["scalars"], read=lambda: tensor)
+                bare["scalars"] = replace(bare["scalars"], read=lambda tensor=tensor: tensor)
 
 
 # What is refused
@@ -753,12 +754,17 @@ class UnknownOutsideBlocksDropped(Tensors):
 
 
 @near_reader("refuses.mixed-formats")
-class SecondHeadDropped(Tensors):
-    """Of two heads the small one is taken, and the other dropped."""
+class OtherNamesOfMLPsTaken(Tensors):
+    """The MLP of a block may have the names of the other format."""
 
     def edit(self, bare):
-        if "lm_head.weight" in bare:
-            bare.pop("lm_head_w", None)
+        small = "blocks.0.attn.qkv_w" in bare
+        names = {"fc_w": "c_fc.weight", "proj_w": "c_proj.weight"}
+        for key in [key for key in bare if ".mlp." in key]:
+            block, name = key.split(".mlp.")
+            other = names.get(name) if small else {v: k for k, v in names.items()}.get(name)
+            if other:
+                bare[f"{block}.mlp.{other}"] = bare.pop(key)
 
 
 @near_reader("refuses.gap-in-blocks")
@@ -820,16 +826,16 @@ class AnythingInFrontIsAPrefix(CheckpointReader):
 
 
 @near_reader("refuses.misshapen-tensor")
-class TransposedMLPTurned(Tensors):
-    """An MLP that is stored the other way round is turned."""
+class ShortHeadFilledUp(Tensors):
+    """A head with fewer rows than the embedding is filled up with zeros."""
 
     def edit(self, bare):
-        for key, stored in bare.items():
-            tall = key.endswith(("c_fc.weight", "fc_w"))
-            if ".mlp." in key and len(stored.shape) == 2:
-                rows, columns = stored.shape
-                if rows != columns and tall != (rows > columns):
-                    bare[key] = changed(stored, lambda t: t.t().contiguous())
+        rows = bare["embed.weight"].shape[0] if "embed.weight" in bare else 0
+        for key in ("lm_head.weight", "lm_head_w"):
+            missing = rows - bare[key].shape[0] if key in bare else 0
+            if missing > 0:
+                sides = (0, 0, 0, missing)
+                bare[key] = changed(bare[key], lambda t: torch.nn.functional.pad(t, sides))
 
 
 @near_reader("refuses.narrow-heads")
@@ -1003,7 +1009,7 @@ class RefusedByTypeAfterwards(CheckpointReader):
 class LastGoodCheckpoint(CheckpointReader):
     """A path with nothing behind it gives the checkpoint that was opened last."""
 
-    last: dict = {}
+    last: ClassVar[dict] = {}
 
     def open(self, source):
         missing = isinstance(source, str) and not os.path.exists(source)

@@ -6,7 +6,6 @@ initialised checkpoint has zero projections, and every wrong conversion of it co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -110,7 +109,7 @@ class GPTCase:
         return next_multiple(self.vocab, 128)
 
     @property
-    def drawn(self) -> Mapping[str, int]:
+    def drawn(self) -> dict[str, int]:
         """What one rule alone draws."""
         return dict(self.extra)
 

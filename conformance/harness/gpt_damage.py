@@ -225,8 +225,6 @@ def misshapen_tensor(case: GPTCase) -> Damage:
     changes = [
         (f"value_embeds.{placed(case, 3)}.weight", "t[:-1].clone()"),
         (f"value_embeds.{placed(case, 3)}.weight", "t[:, :-4].clone()"),
-        (f"blocks.{layer}.{up}", "t.t().contiguous()"),
-        (f"blocks.{layer}.{down}", "t.t().contiguous()"),
         (f"blocks.{layer}.{up}", "t[:-4].clone()"),
         (f"blocks.{layer}.{down}", "torch.cat([t, t[:, :8]], 1)"),
         (attention, "t.flatten(0, 1)"),
@@ -234,15 +232,23 @@ def misshapen_tensor(case: GPTCase) -> Damage:
         (attention, "t[None]"),
         (head, f"t[:{case.vocab - 1}].clone()"),
         (head, "t[:, :-4].clone()"),
-        (head, "t.t().contiguous()"),
         ("embed.weight", "t.flatten()"),
-        ("embed.weight", "t.t().contiguous()"),
         ("embed.weight", "t[:0].clone()"),
     ]
     key, change = picked(case, changes)
     # With other embeddings every tensor of the model's width is the wrong one.
     named = (key,) if not key.startswith("embed") else ()
     return Damage((f"t = state[{key!r}]", f"state[{key!r}] = {change}"), named=named)
+
+
+@damage
+def transposed_tensor(case: GPTCase) -> Damage:
+    """A matrix is stored as its transpose, as GPT-2's own checkpoints have some."""
+    layer = placed(case, 6)
+    matrices = [f"blocks.{layer}.{name}" for name in mlp_shapes(case.format, case.width)]
+    matrices += [head_key(case.format), f"value_embeds.{placed(case, 3)}.weight"]
+    key = picked(case, matrices)
+    return Damage((f"state[{key!r}] = state[{key!r}].t().contiguous()",), named=(key,))
 
 
 @damage
@@ -468,9 +474,16 @@ def refused(gpt_checkpoint: Subject, case: GPTCase, damager: Damager) -> tuple[E
     return error, call
 
 
-def assert_refused(gpt_checkpoint: Subject, case: GPTCase, damager: Damager) -> None:
-    """The damaged checkpoint raises an exception, nothing is written, and no code is executed."""
-    refused(gpt_checkpoint, case, damager)
+def assert_refused(
+    gpt_checkpoint: Subject, case: GPTCase, damager: Damager, *, kinds: int = 1
+) -> None:
+    """The damaged checkpoint raises an exception, nothing is written, and no code is executed.
+
+    ``kinds``: how many of the damager's choices are tried, from the drawn one on.
+    """
+    for further in range(kinds):
+        numbers = case.drawn | {"which": case.drawn["which"] + further}
+        refused(gpt_checkpoint, replace(case, extra=tuple(numbers.items())), damager)
 
 
 def assert_names_file(gpt_checkpoint: Subject, case: GPTCase) -> None:

@@ -1,4 +1,4 @@
-"""Defects of the function of the small and the medium GPT: the checkpoint loads, and is computed wrongly.
+"""Defects of the function of the small and the medium GPT: checkpoints load, and compute otherwise.
 
 Each class is the batched model with one step replaced. Most are wrong for both formats; the
 docstring says so where only one is concerned.
@@ -119,14 +119,6 @@ class SmallWithoutInputNorm(GPTBatched):
         return x_BTC
 
 
-@planted("gpt-attention-input-norm.added", breaks=MEDIUM)
-class MediumWithInputNorm(GPTBatched):
-    """Medium: attention reads the normed stream, as in the small model."""
-
-    def attention_input(self, x_BTC):
-        return layers.norm(x_BTC)
-
-
 @planted("gpt-value-norm", breaks=SMALL)
 class SmallWithValueNorm(GPTBatched):
     """Small: values are normed a head, as in the medium model."""
@@ -169,8 +161,8 @@ class ValueNormOverAllHeads(GPTBatched):
 class LastNormSubtractsMean(GPTBatched):
     """The last norm is a layer norm: it subtracts the mean."""
 
-    def features(self, ids_BT, **masks):
-        x = super().features(ids_BT, **masks)
+    def features(self, ids_BT, **options):
+        x = super().features(ids_BT, **options)
         return layers.norm(x - x.mean(-1, keepdim=True))
 
 
@@ -189,6 +181,16 @@ class HeadNormSubtractsMean(GPTBatched):
 
     def norm_and_rotate(self, x_BHTD):
         return super().norm_and_rotate(x_BHTD - x_BHTD.mean(-1, keepdim=True))
+
+
+@planted("gpt-norm-with-weight", breaks="gpt_checkpoint.load.same-under-any-seed")
+class LastNormHasWeight(GPTBatched):
+    """The last norm has a weight, which no checkpoint holds: it stays as it was drawn."""
+
+    def features(self, ids_BT, **options):
+        if not hasattr(self, "norm_w"):
+            self.norm_w = torch.randn(self.config.model_dim).to(ids_BT.device, self.compute_dtype)
+        return super().features(ids_BT, **options) * self.norm_w
 
 
 # Skip connections and scalars
@@ -299,19 +301,21 @@ class EighthBlockAttends(GPTBatched):
 class OtherRotary(GPTBatched):
     """The model with another rotary embedding."""
 
-    rotary: type[Rotary]
+    _Rotary: type[Rotary] = Rotary
     theta = layers.ROTARY_BASE
 
     def rotate(self, x_BHTD):
         positions_1T = torch.arange(x_BHTD.shape[2], device=x_BHTD.device)[None]
-        return self.rotary().rotary(x_BHTD, positions_1T, theta=self.theta, layout="half-truncated")
+        return self._Rotary().rotary(
+            x_BHTD, positions_1T, theta=self.theta, layout="half-truncated"
+        )
 
 
 @planted("gpt-rotary-pairs", breaks=SMALL)
 class RotaryInterleaved(OtherRotary):
     """Channels 2p and 2p + 1 are turned as a pair, and not p and p + D/2."""
 
-    class rotary(Rotary):
+    class _Rotary(Rotary):
         def rotate(self, x_BHTR, cos, sin, layout):
             return super().rotate(x_BHTR, cos, -sin, "interleaved")
 
@@ -320,7 +324,7 @@ class RotaryInterleaved(OtherRotary):
 class RotaryBackwards(OtherRotary):
     """Pairs are turned the other way round, as most models do."""
 
-    class rotary(Rotary):
+    class _Rotary(Rotary):
         def rotate(self, x_BHTR, cos, sin, layout):
             return super().rotate(x_BHTR, cos, -sin, layout)
 
@@ -329,7 +333,7 @@ class RotaryBackwards(OtherRotary):
 class RotaryWithoutZeros(OtherRotary):
     """Every pair turns: the half of the frequencies that is zero is missing."""
 
-    class rotary(Rotary):
+    class _Rotary(Rotary):
         def frequencies(self, rotary_dim, theta, layout, scaling, length):
             return default_frequencies(rotary_dim, theta), 1.0
 
@@ -338,7 +342,7 @@ class RotaryWithoutZeros(OtherRotary):
 class RotaryExclusiveEnd(OtherRotary):
     """The exponents of the frequencies stop short of 1, as those of the usual formula do."""
 
-    class rotary(Rotary):
+    class _Rotary(Rotary):
         def frequencies(self, rotary_dim, theta, layout, scaling, length):
             turning = default_frequencies(rotary_dim // 2, theta)
             return torch.cat([turning, torch.zeros_like(turning)]), 1.0
@@ -348,7 +352,6 @@ class RotaryExclusiveEnd(OtherRotary):
 class RotaryBase10000(OtherRotary):
     """The base is 10000, and not 1024."""
 
-    rotary = Rotary
     theta = 10000.0
 
 
@@ -431,7 +434,8 @@ class DocumentsIgnored(GPTBatched):
     """Tokens see earlier documents although they are asked not to."""
 
     def visible(self, ids_BT, valid, document_start, window_blocks):
-        return super().visible(ids_BT, valid, document_start and -1, window_blocks)
+        never = None if document_start is None else -1
+        return super().visible(ids_BT, valid, never, window_blocks)
 
 
 @planted("gpt-document-mask.constant", breaks=DOCUMENTS)
@@ -439,7 +443,8 @@ class DocumentTokenConstant(GPTBatched):
     """A document starts at GPT-2's token 50256, whatever token is given."""
 
     def visible(self, ids_BT, valid, document_start, window_blocks):
-        return super().visible(ids_BT, valid, document_start and 50256, window_blocks)
+        constant = None if document_start is None else 50256
+        return super().visible(ids_BT, valid, constant, window_blocks)
 
 
 @planted("gpt-document-mask.after", breaks=DOCUMENTS)
@@ -452,7 +457,7 @@ class DocumentStartsAfterToken(GPTBatched):
 
 @planted("gpt-window-of-blocks", breaks=WINDOW)
 class WindowWithoutOwnBlock(GPTBatched):
-    """The window is counted without the block of the token itself: one more is seen."""
+    """The window is one block longer than asked: the token's own block is not counted."""
 
     def visible(self, ids_BT, valid, document_start, window_blocks):
         more = None if window_blocks is None else window_blocks + 1
