@@ -48,6 +48,7 @@ from conformance.harness.gpt_damage import (
     other_files,
     pickled_code,
     quantised,
+    short_head,
     short_scalars,
     stored_twice,
     swapped_records,
@@ -521,6 +522,13 @@ def test_names_that_contain_a_prefix_is_refused(gpt_checkpoint, case):
 def test_a_misshapen_tensor_is_refused(gpt_checkpoint, case):
     """A tensor of another shape than the model's is refused."""
     assert_refused(gpt_checkpoint, case, misshapen_tensor, kinds=3)
+
+
+@requirement("gpt_checkpoint.refuses.short-head", source=LOADER)
+@given(case=damage_cases())
+def test_a_short_head_is_refused(gpt_checkpoint, case):
+    """An LM head of fewer rows than the embeddings is refused."""
+    assert_refused(gpt_checkpoint, case, short_head)
 
 
 @requirement("gpt_checkpoint.refuses.transposed-tensor", source="nntile/nntile#402")

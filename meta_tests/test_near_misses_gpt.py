@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -825,7 +826,7 @@ class AnythingInFrontIsAPrefix(CheckpointReader):
         return ".".join(parts[at:])
 
 
-@near_reader("refuses.misshapen-tensor")
+@near_reader("refuses.short-head")
 class ShortHeadFilledUp(Tensors):
     """A head with fewer rows than the embedding is filled up with zeros."""
 
@@ -834,8 +835,8 @@ class ShortHeadFilledUp(Tensors):
         for key in ("lm_head.weight", "lm_head_w"):
             missing = rows - bare[key].shape[0] if key in bare else 0
             if missing > 0:
-                sides = (0, 0, 0, missing)
-                bare[key] = changed(bare[key], lambda t: torch.nn.functional.pad(t, sides))
+                fill = partial(torch.nn.functional.pad, pad=(0, 0, 0, missing))
+                bare[key] = changed(bare[key], fill)
 
 
 @near_reader("refuses.narrow-heads")

@@ -230,7 +230,6 @@ def misshapen_tensor(case: GPTCase) -> Damage:
         (attention, "t.flatten(0, 1)"),
         (attention, f"torch.cat([t, t])[:{slots}].clone()"),
         (attention, "t[None]"),
-        (head, f"t[:{case.vocab - 1}].clone()"),
         (head, "t[:, :-4].clone()"),
         ("embed.weight", "t.flatten()"),
         ("embed.weight", "t[:0].clone()"),
@@ -249,6 +248,14 @@ def transposed_tensor(case: GPTCase) -> Damage:
     matrices += [head_key(case.format), f"value_embeds.{placed(case, 3)}.weight"]
     key = picked(case, matrices)
     return Damage((f"state[{key!r}] = state[{key!r}].t().contiguous()",), named=(key,))
+
+
+@damage
+def short_head(case: GPTCase) -> Damage:
+    """The LM head has fewer rows than the embeddings: some tokens could never be told."""
+    head, rows = head_key(case.format), 1 + placed(case, case.vocab - 1)
+    line = f"state[{head!r}] = state[{head!r}][:{rows}].clone()"
+    return Damage((line,), named=(head,))
 
 
 @damage
