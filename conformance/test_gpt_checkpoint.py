@@ -15,10 +15,15 @@ from conformance.harness.gpt_checks import (
     assert_facts,
     assert_ids_checked,
     assert_loads,
+    assert_long,
     assert_normed_heads,
+    assert_options_not_kept,
+    assert_outputs_kept,
+    assert_padded_documents,
     assert_padding,
     assert_padding_scalars,
     assert_rows_independent,
+    assert_same_with_autograd,
     assert_skip_weights,
     assert_soft_cap,
     assert_value_lambdas,
@@ -66,12 +71,17 @@ from conformance.harness.gpt_honesty import (
     assert_facts_or_refused,
     assert_failing_save,
     assert_file_unchanged,
+    assert_global_state_kept,
+    assert_kinds_of_states,
     assert_later_changes_ignored,
+    assert_loads_twice,
     assert_optimizer_ignored,
+    assert_replaced_file_read_anew,
     assert_saved,
     assert_saved_onto_itself,
     assert_shared,
     assert_state,
+    assert_state_in_dtype,
     assert_strided,
     assert_tensors_count,
 )
@@ -107,7 +117,7 @@ def test_inspect_tells_the_architecture(gpt_checkpoint, case):
 
 
 @requirement("gpt_checkpoint.inspect.padding", source=BOTH)
-@given(case=gpt_cases())
+@given(case=gpt_cases(vocab=st.sampled_from([37, 127, 128, 129, 200, 256])))
 def test_inspect_tells_padding(gpt_checkpoint, case):
     """Rows of the LM head are told apart from those of the embeddings, padding from scalars."""
     config = case.config()
@@ -167,7 +177,14 @@ def test_head_width_can_be_given(gpt_checkpoint, case):
 
 
 PUBLISHED_SHAPES = st.sampled_from(
-    [("small", 12, 6, 128), ("medium", 16, 8, 128), ("medium", 24, 18, 64), ("medium", 36, 20, 64)]
+    [
+        ("small", 12, 6, 128),
+        ("medium", 16, 8, 128),
+        ("medium", 24, 18, 64),
+        ("medium", 36, 20, 64),
+        ("medium", 16, 9, 128),
+        ("small", 12, 10, 128),
+    ]
 )
 
 
@@ -186,6 +203,11 @@ def test_heads_of_published_shapes_are_known(gpt_checkpoint, case):
     """24 blocks of width 1152 have 18 heads of 64, not 9 of 128; 36 of width 1280 have 20 of 64."""
     truth = {"num_heads": case.heads, "head_dim": case.head_dim, "num_layers": case.layers}
     assert_facts(gpt_checkpoint, case.call().without("head_dim"), truth)
+    other = {
+        "num_heads": case.width // 32,
+        "head_dim": 32,
+    }  # what is given goes before what is known
+    assert_facts(gpt_checkpoint, case.call().then(head_dim="32"), other)
 
 
 @requirement("gpt_checkpoint.dtype.float64", source=LOADER, level="extended")
@@ -282,6 +304,51 @@ def test_left_padding_is_not_seen(gpt_checkpoint, case):
     assert_padding(gpt_checkpoint, case, "left")
 
 
+@requirement("gpt_checkpoint.padding.either-side", source=LOADER, level="extended")
+@given(case=gpt_cases())
+def test_padding_on_either_side_is_not_seen(gpt_checkpoint, case):
+    """Rows with padding on the left and rows with padding on the right go together."""
+    assert_padding(gpt_checkpoint, case, "either")
+
+
+@requirement("gpt_checkpoint.documents.padded", source=BOTH, level="extended")
+@given(case=gpt_cases())
+def test_documents_and_padding_go_together(gpt_checkpoint, case):
+    """Padding is not seen where documents are separate either."""
+    assert_padded_documents(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.calls.options-not-kept", source=LOADER, level="extended")
+@given(case=gpt_cases())
+def test_masks_of_a_call_are_not_kept(gpt_checkpoint, case):
+    """Padding and documents of one call do not reach the next call of the same shape."""
+    assert_options_not_kept(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.calls.outputs-kept", source=LOADER)
+@given(case=gpt_cases())
+def test_outputs_and_models_are_independent(gpt_checkpoint, case):
+    """Another call, or another model, changes neither an output nor the model."""
+    assert_outputs_kept(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.calls.with-autograd", source=LOADER)
+@given(case=gpt_cases())
+def test_recording_gradients_changes_nothing(gpt_checkpoint, case):
+    """The logits are the same whether gradients are recorded or not."""
+    assert_same_with_autograd(gpt_checkpoint, case)
+
+
+LENGTHS = st.sampled_from([65, 129, 200, 513, 1025])
+
+
+@requirement("gpt_checkpoint.length.long", source=LOADER, confusable={"one of batch", "no skips"})
+@given(case=gpt_cases(tokens=LENGTHS, batch=1, heads=1, head_dim=8, layers=6))
+def test_long_sequences_are_taken(gpt_checkpoint, case):
+    """No table or mask ends: 65, 129, 513 and 1,025 tokens are computed like a few."""
+    assert_long(gpt_checkpoint, case)
+
+
 @requirement("gpt_checkpoint.documents.separate", source=BOTH, level="extended")
 @given(case=gpt_cases())
 def test_documents_are_separate(gpt_checkpoint, case):
@@ -297,7 +364,10 @@ def test_documents_are_separate(gpt_checkpoint, case):
         head_dim=8,
         batch=2,
         extra=extras(
-            blocks=st.integers(2, 4), window=st.integers(1, 4), documents=st.integers(0, 5)
+            blocks=st.integers(2, 3),
+            ragged=st.sampled_from([0, 0, 1, 50, 127]),
+            window=st.integers(1, 3),
+            documents=st.integers(0, 4),
         ),
     )
 )
@@ -331,6 +401,41 @@ def test_every_container_is_read(gpt_checkpoint, case):
 
 
 # Honesty: all of the checkpoint, and nothing else
+
+
+@requirement("gpt_checkpoint.containers.kinds-of-states", source="torch.nn.Module.state_dict")
+@given(case=gpt_cases(container=OF_TORCH))
+def test_every_kind_of_state_dictionary_is_read(gpt_checkpoint, case):
+    """An OrderedDict, and parameters in place of tensors, are read like plain ones."""
+    assert_kinds_of_states(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.load.twice", source=LOADER)
+@given(case=gpt_cases(container=ANY_CONTAINER))
+def test_a_reader_can_be_used_again(gpt_checkpoint, case):
+    """inspect, load, load, inspect of one reader each give what they gave before."""
+    assert_loads_twice(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.load.global-state", source=LOADER)
+@given(case=gpt_cases(container=ANY_CONTAINER))
+def test_loading_changes_nothing_for_others(gpt_checkpoint, case):
+    """Default dtype, gradients, threads, precision, random state, warnings stay as they were."""
+    assert_global_state_kept(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.source.replaced", source=LOADER)
+@given(case=gpt_cases())
+def test_a_replaced_file_is_read_anew(gpt_checkpoint, case):
+    """A path that holds another checkpoint by now gives the other model."""
+    assert_replaced_file_read_anew(gpt_checkpoint, case)
+
+
+@requirement("gpt_checkpoint.state.in-dtype", source=LOADER, level="extended")
+@given(case=gpt_cases(container=ANY_CONTAINER))
+def test_state_is_in_the_asked_dtype(gpt_checkpoint, case):
+    """With a dtype the state is the stored one, rounded once."""
+    assert_state_in_dtype(gpt_checkpoint, case, torch.bfloat16)
 
 
 @requirement("gpt_checkpoint.load.same-under-any-seed", source="pytorch/examples#1029")
@@ -465,7 +570,7 @@ def test_what_is_no_state_dictionary_is_refused(gpt_checkpoint, case):
 @given(case=damage_cases())
 def test_a_missing_tensor_is_refused(gpt_checkpoint, case):
     """A checkpoint without any one of its tensors is refused."""
-    assert_refused(gpt_checkpoint, case, missing_tensor)
+    assert_refused(gpt_checkpoint, case, missing_tensor, kinds=2)
 
 
 @requirement("gpt_checkpoint.refuses.left-over-tensor", source="vllm-project/vllm#32101")
@@ -570,7 +675,7 @@ def test_short_scalars_is_refused(gpt_checkpoint, case):
 @given(case=damage_cases())
 def test_values_that_are_not_finite_is_refused(gpt_checkpoint, case):
     """NaN or infinity in any tensor is refused."""
-    assert_refused(gpt_checkpoint, case, not_finite)
+    assert_refused(gpt_checkpoint, case, not_finite, kinds=2)
 
 
 @requirement("gpt_checkpoint.refuses.not-floating", source=LOADER)

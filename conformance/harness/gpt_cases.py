@@ -39,6 +39,8 @@ WRAPPED = {
     "module._orig_mod.": "'module._orig_mod.' + key",
     "_orig_mod.module.": "'_orig_mod.module.' + key",
     "inner _orig_mod.": r"re.sub(r'^(blocks\.\d+)\.', r'\1._orig_mod.', key)",
+    "deep": "re.sub(r'(attn|mlp)[.]', r'\\1._orig_mod.', key)",
+    "model.module.": "'model.module.' + key",
     "both": r"'module.' + re.sub(r'^(blocks\.\d+)\.', r'\1._orig_mod.', key)",
 }
 """How a wrapper changes names, as Python that maps ``key``."""
@@ -46,7 +48,7 @@ WRAPPED = {
 SAVED = {
     "training": "torch.save({'step': 3, 'code': '…', 'model': saved, 'val_loss': 3.2}, source)",
     "bare": "torch.save(saved, source)",
-    "safetensors": "safetensors.torch.save_file(saved, source)",
+    "safetensors": "safetensors.torch.save_file(saved, source, metadata={'format': 'pt'})",
     "memory": "source = {'step': 3, 'code': '…', 'model': saved, 'val_loss': 3.2}",
 }
 """How ``saved`` becomes a ``source``, as Python."""
@@ -165,7 +167,7 @@ class GPTCase:
         suffix = "safetensors" if self.container == "safetensors" else "pt"
         order = "reversed(state.items())" if self.reordered else "state.items()"
         lines = (
-            "import os, re, tempfile, safetensors.torch",
+            "import collections, os, re, tempfile, safetensors.torch",
             "folder = tempfile.TemporaryDirectory()",
             f"source = os.path.join(folder.name, 'checkpoint.{suffix}')",
             *self.state_lines(),

@@ -15,7 +15,7 @@ from conformance.harness.gpt_cases import GPTCall, GPTCase
 from conformance.harness.gpt_oracle import Oracle, oracle
 from conformance.harness.gpt_subject import Loaded, inspected, load
 from conformance.harness.requirement import current_tally
-from conformance.harness.subject import Subject
+from conformance.harness.subject import Subject, errors_named
 from conformance.harness.tolerance import STEP_ERROR
 
 OUTPUTS = ("features", "logits")
@@ -168,7 +168,7 @@ def assert_any_length(gpt_checkpoint: Subject, case: GPTCase) -> None:
     whole = oracle(loaded.call, longest)
     first = loaded.logits()
     for length in (1, 3 * case.tokens, 2, case.tokens - 1):
-        start = longest[:, :length].contiguous()
+        start = longest[:, :length]
         # Attention is causal: the outputs of a beginning are the beginning of the outputs.
         assert_function(
             loaded,
@@ -186,7 +186,10 @@ def padding_of(case: GPTCase, side: str, device: str) -> Tensor:
     lengths = [(case.seed + 3 * row) % (case.tokens - 2) for row in range(case.batch)]
     lengths[case.seed % case.batch] = 0
     slot = torch.arange(case.tokens)
-    padded = torch.stack([slot < n if side == "left" else slot >= case.tokens - n for n in lengths])
+    on_left = [side == "left" or (side == "either" and row % 2) for row in range(case.batch)]
+    padded = torch.stack(
+        [slot < n if left else slot >= case.tokens - n for n, left in zip(lengths, on_left)]
+    )
     return ~padded.to(device)
 
 
@@ -211,16 +214,26 @@ def assert_padding(gpt_checkpoint: Subject, case: GPTCase, side: str) -> None:
     assert_rows_identical(loaded, other, valid, because=because, valid=valid)
 
 
+def with_documents(case: GPTCase, ids: Tensor, start: int) -> Tensor:
+    """The ids with up to three starts of documents in each row, at other places in each."""
+    generator = torch.Generator().manual_seed(case.seed)
+    ids = ids.clone() % start
+    for row in range(len(ids)):
+        places = torch.randint(ids.shape[1], (3,), generator=generator)
+        ids[row, places] = start
+    return ids
+
+
 def assert_documents(gpt_checkpoint: Subject, case: GPTCase) -> None:
-    """A document starts at the token that starts it, and has the outputs that it has alone."""
+    """Each token sees its own document only, from the very token that starts it."""
     loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
     start = case.vocab - 1
-    ids = loaded.call.named("ids").clone() % start
-    cut = 2 + case.seed % (case.tokens - 3)
-    ids[:, cut] = start
+    ids = with_documents(case, loaded.call.named("ids"), start)
     assert_function(loaded, ids=ids, document_start=start)
     # Not asked for, the token is an ordinary one.
     assert_function(loaded, ids=ids, outputs=one_output(case))
+    cut = 2 + case.seed % (case.tokens - 3)
+    ids[:, cut] = start
     other = ids.clone()
     other[:, :cut] = (other[:, :cut] + 1) % start
     one = loaded.features(ids, document_start=start)[:, cut:]
@@ -228,14 +241,77 @@ def assert_documents(gpt_checkpoint: Subject, case: GPTCase) -> None:
     assert_identical(two, one, loaded.last, because="the document before was replaced")
 
 
+def assert_padded_documents(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Padding is not seen where documents are separate either."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    start = case.vocab - 1
+    ids = with_documents(case, loaded.call.named("ids"), start)
+    valid = padding_of(case, "either", gpt_checkpoint.device)
+    masks = {"valid": valid, "document_start": start}
+    real = lambda output: output[valid.to(output.device)][None]
+    assert_function(loaded, ids=ids, part=real, outputs=one_output(case), **masks)
+
+
+def assert_options_not_kept(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Calls of one shape with padding, with documents, with neither: each is as if it were alone."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    ids, start = loaded.call.named("ids"), case.vocab - 1
+    valid = padding_of(case, "either", gpt_checkpoint.device)
+    real = lambda output: output[valid.to(output.device)][None]
+    plain = oracle(loaded.call)
+    only_logits = ("logits",)
+    assert_function(loaded, against=plain, outputs=only_logits)
+    assert_function(loaded, part=real, outputs=only_logits, valid=valid)
+    assert_function(loaded, against=plain, outputs=only_logits)
+    for shift in (0, 1):
+        documents = with_documents(case, ids, start).roll(shift, dims=1)
+        assert_function(loaded, ids=documents, outputs=only_logits, document_start=start)
+    assert_function(loaded, against=plain, outputs=only_logits)
+
+
+def assert_long(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Sequences beyond every usual bound of tables and masks."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    assert_function(loaded, outputs=one_output(case))
+
+
+def assert_outputs_kept(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Neither another call nor another model changes an output that was given, or the model."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    ids = loaded.call.named("ids")
+    output = loaded.logits()
+    kept, first = output.clone(), loaded.last
+    loaded.logits(ids.flip(0))
+    assert_identical(output, kept, first, because="another call was made")
+    other = replace(case, seed=case.seed + 1, layers=6 if case.format == "small" else 8)
+    call = other.call(device=gpt_checkpoint.device)
+    load(gpt_checkpoint, call).logits()
+    assert_identical(loaded.logits(), kept, first, because="another model was loaded")
+
+
+def assert_same_with_autograd(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """The outputs are the same when gradients are recorded."""
+    loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
+    ids = loaded.call.named("ids")
+    plain = loaded.logits()
+    with errors_named("logits()"), torch.enable_grad():
+        recorded = loaded.model.logits(ids).detach()
+    # Fused kernels without a backward pass may round otherwise: within the limits, not the bits.
+    whole = oracle(loaded.call).expectation("logits")
+    assert_close_to(recorded, whole, loaded.last, name="logits")
+    assert_close_to(plain, whole, loaded.last, name="logits")
+
+
 def assert_window(gpt_checkpoint: Subject, case: GPTCase) -> None:
     """With a window of training every layer sees its blocks of 128 tokens."""
     loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
     start = case.vocab - 1
     generator = torch.Generator().manual_seed(case.seed)
-    ids = torch.randint(start, (1, case.drawn["blocks"] * 128), generator=generator)
-    for at in torch.randint(ids.shape[1], (case.drawn["documents"],), generator=generator).tolist():
-        ids[0, at] = start
+    length = case.drawn["blocks"] * 128 - case.drawn["ragged"]
+    ids = torch.randint(start, (case.batch, length), generator=generator)
+    for row in range(case.batch):
+        places = torch.randint(length, (case.drawn["documents"],), generator=generator)
+        ids[row, places] = start
     ids = ids.to(gpt_checkpoint.device)
     masks = {"document_start": start, "window_blocks": case.drawn["window"]}
     assert_function(loaded, ids=ids, outputs=one_output(case), **masks)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from conformance.harness.compare import assert_identical
-from conformance.harness.failures import ConformanceFailure, NotRun
+from conformance.harness.failures import ConformanceFailure, NotRun, failing_at
 from conformance.harness.gpt_cases import GPTCall, GPTCase
 from conformance.harness.gpt_checks import (
     assert_facts,
@@ -23,9 +25,9 @@ from conformance.harness.gpt_checks import (
     assert_loads,
     used_skips,
 )
-from conformance.harness.gpt_subject import Loaded, load
+from conformance.harness.gpt_subject import Loaded, load, open_reader
 from conformance.harness.requirement import current_tally
-from conformance.harness.subject import Subject, bitwise_equal
+from conformance.harness.subject import Subject, bitwise_equal, errors_named
 from reference_impl.gpt import CheckpointReader
 from reference_impl.gpt.config import head_key, state_shapes
 
@@ -46,6 +48,115 @@ def assert_any_seed(gpt_checkpoint: Subject, case: GPTCase) -> None:
     first, second = (loaded.logits() for loaded in models)
     done = replace(call, done=".load().logits(ids)")
     assert_identical(second, first, done, because="loaded again under another random seed")
+
+
+def assert_loads_twice(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """``inspect``, ``load``, ``load``, ``inspect`` of one reader: all as the first."""
+    call = case.call(device=gpt_checkpoint.device)
+    reader = open_reader(gpt_checkpoint, call)
+    with failing_at(replace(call, done=".load().logits(ids)")), errors_named("the reader"):
+        before = dict(reader.inspect())
+        models = [Loaded(reader.load(), call) for _ in range(2)]
+        after = dict(reader.inspect())
+    first, second = (loaded.logits() for loaded in models)
+    assert_identical(second, first, models[1].last, because="loaded again from one reader")
+    assert_function(models[0])
+    if before != after:
+        summary = f"inspect() says {after} after load(), and {before} before"
+        raise ConformanceFailure("wrong fact", summary, call=replace(call, done=".inspect()"))
+
+
+def global_state() -> dict[str, Any]:
+    """What of torch and Python a loader could change for everybody."""
+    return {
+        "the default dtype": torch.get_default_dtype(),
+        "the recording of gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "the number of threads": torch.get_num_threads(),
+        "the precision of matrix products": torch.get_float32_matmul_precision(),
+        "deterministic algorithms": torch.get_deterministic_debug_mode(),
+        "the random state": torch.get_rng_state().tolist(),
+        "the filters of warnings": list(warnings.filters),
+        "the working folder": os.getcwd(),
+        "the environment": dict(os.environ),
+    }
+
+
+@contextmanager
+def global_state_restored(before: dict[str, Any]) -> Iterator[None]:
+    """Put back what can be put back."""
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before["the default dtype"])
+        torch.set_grad_enabled(before["the recording of gradients"])
+        torch.set_num_threads(before["the number of threads"])
+        torch.set_float32_matmul_precision(before["the precision of matrix products"])
+        torch.set_deterministic_debug_mode(before["deterministic algorithms"])
+        warnings.filters[:] = before["the filters of warnings"]
+        os.chdir(before["the working folder"])
+
+
+def assert_global_state_kept(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """Loading, and refusing to, leave torch and Python as they were."""
+    call = case.call(device=gpt_checkpoint.device)
+    call.namespace()
+    bad = case.call("del state['embed.weight']", device=gpt_checkpoint.device)
+    bad.namespace()
+    (good_source,), options = call.values()
+    (bad_source,), _ = bad.values()
+    before = global_state()
+    with global_state_restored(before):
+        for source, done in ((good_source, "load()"), (bad_source, "a load() that is refused")):
+            with contextlib.suppress(Exception):
+                gpt_checkpoint.method(source, **gpt_checkpoint.select_options(options)).load()
+            gpt_checkpoint.calls["gpt_checkpoint"] += 1
+            counted()
+            after = global_state()
+            changed = [name for name in before if after[name] != before[name]]
+            if changed:
+                summary = f"{done} changed {changed[0]} for the whole process"
+                raise ConformanceFailure(
+                    "changed state", summary, call=replace(call, done=".load()")
+                )
+
+
+def assert_replaced_file_read_anew(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """A path that holds another checkpoint by now gives the other model."""
+    call = case.call(device=gpt_checkpoint.device)
+    source = call.named("source")
+    load(gpt_checkpoint, call).logits()
+    other = replace(case, seed=case.seed + 1).call(device=gpt_checkpoint.device)
+    content = Path(other.named("source")).read_bytes()
+    with restored_afterwards(source):
+        Path(source).write_bytes(content)
+        (_,), options = call.values()
+        loaded = load(gpt_checkpoint, other)
+        with failing_at(other):
+            reader = gpt_checkpoint(source, **options)
+            again = Loaded(reader.load(), other)
+        because = "the file at the path was replaced by another checkpoint"
+        assert_identical(again.logits(), loaded.logits(), again.last, because=because)
+
+
+STATES = (
+    "saved = collections.OrderedDict(saved)",
+    "saved = {key: torch.nn.Parameter(tensor) for key, tensor in saved.items()}",
+    "saved = collections.OrderedDict((k, torch.nn.Parameter(t)) for k, t in saved.items())",
+)
+"""What ``state_dict()`` and careless saving give in place of a dictionary of plain tensors."""
+
+
+def assert_kinds_of_states(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """An OrderedDict, and parameters in place of tensors, are read like any state dictionary."""
+    assert_loads(gpt_checkpoint, case, saved=(STATES[case.seed % len(STATES)],))
+
+
+def assert_state_in_dtype(gpt_checkpoint: Subject, case: GPTCase, dtype: torch.dtype) -> None:
+    """With a dtype ``state()`` is the stored state, each tensor rounded once to it."""
+    call = case.call(device=gpt_checkpoint.device, dtype=str(dtype))
+    done = replace(call, done=".load().state()")
+    assert_same_state(load(gpt_checkpoint, call).state(), true_state(call, dtype), done, "state()")
 
 
 def assert_tensors_count(gpt_checkpoint: Subject, case: GPTCase) -> None:
