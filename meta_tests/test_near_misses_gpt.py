@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -18,6 +18,7 @@ import torch
 from mutants import Broken
 
 from reference_impl.gpt import CheckpointError, CheckpointReader, GPTBatched, layers, masks
+from reference_impl.gpt.checkpoint import KNOWN_HEADS
 from reference_impl.gpt.config import scalars_needed
 from reference_impl.gpt.stored import StoredTensor
 from reference_impl.rotary import rotary
@@ -1072,3 +1073,264 @@ class OnlyBlockNamed(
 @near_reader("errors.deliberate")
 class KeyErrorForNames(said_otherwise(lambda e: KeyError(str(e)) if "missing" in str(e) else e)):
     """What is missing is told by a KeyError."""
+
+
+# How a loaded model is used
+
+
+@near_model("length.long")
+class RotaryTableOf512(GPTBatched):
+    """The rotary table has 512 rows; later positions take the last."""
+
+    def rotate(self, x_BHTD):
+        positions = torch.arange(x_BHTD.shape[2])[None].clamp_max(511)
+        return rotary(x_BHTD, positions, theta=1024.0, layout="half-truncated")
+
+
+@near_model("calls.options-not-kept")
+class MaskKeptByShape(GPTBatched):
+    """The mask is kept by shape and by whether padding and documents are given."""
+
+    def visible(self, ids, valid, document_start, window_blocks):
+        kept = self.__dict__.setdefault("kept", {})
+        key = (ids.shape, valid is None, document_start, window_blocks)
+        if key not in kept:
+            kept[key] = super().visible(ids, valid, document_start, window_blocks)
+        return kept[key]
+
+
+@near_model("calls.options-not-kept")
+class PaddingMaskKeptAfterCall(GPTBatched):
+    """The mask of a call with padding stays for later calls of the shape without any."""
+
+    def visible(self, ids, valid, document_start, window_blocks):
+        kept = self.__dict__.setdefault("kept", {})
+        if document_start is not None:
+            return super().visible(ids, valid, document_start, window_blocks)
+        if valid is not None or ids.shape not in kept:
+            kept[ids.shape] = super().visible(ids, valid, document_start, window_blocks)
+        return kept[ids.shape]
+
+
+@near_model("documents.separate")
+class OnlyTwoDocuments(GPTBatched):
+    """Documents after the second are taken for one with it."""
+
+    def visible(self, ids, valid, document_start, window_blocks):
+        if document_start is None or window_blocks is not None:
+            return super().visible(ids, valid, document_start, window_blocks)
+        first = (ids == document_start).cumsum(-1).clamp_max(1)
+        ids = torch.cat([torch.zeros_like(first[:, :1]), first.diff(dim=-1)], -1)
+        return super().visible(ids, valid, 1, None)
+
+
+@near_model("window.of-training")
+class WindowOfFirstRow(GPTBatched):
+    """The window mask of the first row is that of every row."""
+
+    def visible(self, ids, valid, document_start, window_blocks):
+        if window_blocks is not None:
+            ids = ids[:1].expand_as(ids)
+        return super().visible(ids, valid, document_start, window_blocks)
+
+
+@near_model("documents.padded")
+class PaddingIgnoredWithDocuments(GPTBatched):
+    """Padding is seen where documents are separate."""
+
+    def visible(self, ids, valid, document_start, window_blocks):
+        valid = valid if document_start is None else None
+        return super().visible(ids, valid, document_start, window_blocks)
+
+
+@near_model("padding.either-side")
+class MixedSidesRolled(GPTBatched):
+    """Rows are rolled to the left by their padding if any row has padding on the left."""
+
+    def features(self, ids_BT, *, valid=None, **options):
+        if valid is None or options.get("document_start") is not None or bool(valid[:, 0].all()):
+            return super().features(ids_BT, valid=valid, **options)
+        shifts = (~valid).sum(-1).tolist()
+        rolled = torch.stack([row.roll(-n) for row, n in zip(ids_BT, shifts)])
+        out = super().features(rolled, **options)
+        return torch.stack([row.roll(n, 0) for row, n in zip(out, shifts)])
+
+
+@near_reader("inspect.padding")
+class RowsOfHeadComputed(CheckpointReader):
+    """The rows of the head are told as the next multiple of 128 behind those of the embeddings."""
+
+    def inspect(self):
+        facts = super().inspect()
+        return facts | {"padded_vocab_size": (facts["vocab_size"] // 128 + 1) * 128}
+
+
+@near_reader("head-width.known-shapes")
+class TableOverGiven(CheckpointReader):
+    """The table of published shapes goes before the head width that is given."""
+
+    def heads(self, format, num_layers, width):
+        if (num_layers, width) in KNOWN_HEADS:
+            heads = KNOWN_HEADS[num_layers, width]
+            return heads, width // heads
+        return super().heads(format, num_layers, width)
+
+
+@near_reader("head-width.known-shapes")
+class TableByWidth(CheckpointReader):
+    """Any model of width 1152 or 1280 has heads of 64."""
+
+    def heads(self, format, num_layers, width):
+        if self.head_dim is None and width in (1152, 1280):
+            return width // 64, 64
+        return super().heads(format, num_layers, width)
+
+
+@near_reader("state.in-dtype")
+class StateKeepsStoredDtype(CheckpointReader):
+    """Weights are converted where they are used: with a dtype the state is as it was stored."""
+
+    def load(self, **options):
+        dtype, self.dtype = self.dtype, None
+        model = super().load(**options)
+        self.dtype = dtype
+        model.compute_dtype = dtype or model.compute_dtype
+        return model
+
+
+@near_reader("load.global-state")
+class ThreadsChanged(CheckpointReader):
+    """Loading sets the number of threads of the process."""
+
+    def load(self, **options):
+        torch.set_num_threads(2)
+        return super().load(**options)
+
+
+@near_reader("load.global-state")
+class DefaultDtypeLeft(CheckpointReader):
+    """A checkpoint that is refused leaves the default dtype changed."""
+
+    def __init__(self, source, **options):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        super().__init__(source, **options)
+        self.rows_and_width("embed.weight")
+        torch.set_default_dtype(before)
+
+
+@near_model("calls.with-autograd")
+class WrongWithGradients(GPTBatched):
+    """The activation takes another path when gradients are recorded."""
+
+    def activation(self, x):
+        return super().activation(x) * (2 if torch.is_grad_enabled() else 1)
+
+
+@near_model("calls.outputs-kept")
+class OutputBufferReused(GPTBatched):
+    """Logits of one shape are written into one buffer: the next call overwrites the last."""
+
+    def logits(self, ids_BT, **options):
+        out = super().logits(ids_BT, **options)
+        kept = self.__dict__.setdefault("buffers", {})
+        return kept.setdefault(out.shape, torch.empty_like(out)).copy_(out)
+
+
+@near_model("calls.outputs-kept")
+class OneModelAtATime(GPTBatched):
+    """The scalars are those of the model that was loaded last."""
+
+    latest: ClassVar = None
+
+    def __init__(self, config, **given):
+        super().__init__(config, **given)
+        type(self).latest = self
+
+    def split_scalars(self):
+        latest = type(self).latest
+        if latest.config.num_layers < self.config.num_layers:
+            return tuple(-part for part in super().split_scalars())
+        return super().split_scalars()
+
+
+@near_reader("load.twice")
+class SecondLoadOfZeros(CheckpointReader):
+    """The second load of a reader finds its tensors empty."""
+
+    def load(self, **options):
+        model = super().load(**options)
+        for key, stored in self.tensors.items():
+            self.tensors[key] = changed(stored, torch.zeros_like)
+        return model
+
+
+class KeptByPath:
+    """Models are kept by path: a file that was replaced is not read again."""
+
+    def __init__(self):
+        self.readers = {}
+
+    def gpt_checkpoint(self, source, *, head_dim=None, dtype=None, device="cpu"):
+        options = {"head_dim": head_dim, "dtype": dtype, "device": device}
+        if not isinstance(source, str):
+            return CheckpointReader(source, **options)
+        if source not in self.readers:
+            reader = CheckpointReader(source, **options)
+            self.readers[source] = SimpleNamespace(inspect=reader.inspect, load=cache(reader.load))
+        return self.readers[source]
+
+
+NEAR_GPT["KeptByPath"] = Broken(
+    "KeptByPath", "gpt_checkpoint.source.replaced", KeptByPath.__doc__, KeptByPath
+)
+
+
+@near_reader("containers.kinds-of-states")
+class ParametersNotRead(CheckpointReader):
+    """Tensors that need a gradient are taken for buffers, and left at zero."""
+
+    def open(self, source):
+        stored = super().open(source)
+        content = torch.load(source, weights_only=True) if str(source).endswith(".pt") else {}
+        state = content.get("model", content)
+        tensors = {
+            key: changed(tensor, torch.zeros_like)
+            if state.get(key, tensor.read()).requires_grad
+            else tensor
+            for key, tensor in stored.tensors.items()
+        }
+        return replace(stored, tensors=tensors)
+
+
+@near_reader("names.wrapped")
+class WrappersNotDeep(Tensors):
+    """Wrappers come off in front and behind the number of a block; deeper, the tensor stays zero."""
+
+    def strip_prefixes(self, tensors):
+        deep = {key: "attn._orig_mod" in key for key in tensors}
+        zeroed = {k: changed(t, torch.zeros_like) if deep[k] else t for k, t in tensors.items()}
+        return super().strip_prefixes(zeroed)
+
+    def edit(self, bare):
+        pass
+
+
+@near_reader("refuses.missing-tensor")
+class MissingScalarsAreDefaults(Tensors):
+    """Without scalars those of a fresh model are taken."""
+
+    def edit(self, bare):
+        if "scalars" not in bare and "embed.weight" in bare:
+            blocks = {key.split(".")[1] for key in bare if key.startswith("blocks.")}
+            fresh = torch.ones(5 * len(blocks))
+            bare["scalars"] = StoredTensor(tuple(fresh.shape), fresh.dtype, fresh.clone)
+
+
+@near_reader("refuses.not-finite")
+class ScalarsNotChecked(CheckpointReader):
+    """NaN in the scalars is taken."""
+
+    def check_finite(self, tensor, key, what):
+        if key != "scalars":
+            super().check_finite(tensor, key, what)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conformance.harness.compare import assert_close_to, assert_different, assert_identical
 from conformance.harness.failures import ConformanceFailure
-from conformance.harness.gpt_cases import GPTCall, GPTCase
+from conformance.harness.gpt_cases import WRAPPED, GPTCall, GPTCase
 from conformance.harness.gpt_oracle import Oracle, oracle
 from conformance.harness.gpt_subject import Loaded, inspected, load
 from conformance.harness.requirement import current_tally
@@ -82,6 +82,22 @@ def assert_loads(gpt_checkpoint: Subject, case: GPTCase, *edits: str, **options:
     loaded = load(gpt_checkpoint, call)
     assert_function(loaded)
     return loaded
+
+
+WRAPPERS_TRIED = 4
+"""Ways in which names are wrapped that each case tries; there are ten."""
+
+
+def assert_wrappers_taken_off(gpt_checkpoint: Subject, case: GPTCase) -> None:
+    """The model is the same under wrapped names; several ways of wrapping are tried in turn."""
+    loaded = assert_loads(gpt_checkpoint, case)
+    ways = sorted(WRAPPED)
+    for further in range(1, WRAPPERS_TRIED):
+        way = ways[(ways.index(case.wrapped) + 3 * further) % len(ways)]
+        call = replace(case, wrapped=way).call(device=gpt_checkpoint.device)
+        other = load(gpt_checkpoint, call)
+        because = f"names are wrapped in another way ({way or 'not at all'})"
+        assert_identical(other.logits(), loaded.logits(), other.last, because=because)
 
 
 def logits_of(gpt_checkpoint: Subject, case: GPTCase, *edits: str) -> tuple[Tensor, GPTCall]:
