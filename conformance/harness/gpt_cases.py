@@ -188,7 +188,7 @@ class GPTCase:
 
 KEPT = 8
 _namespaces: dict[tuple[str, ...], dict[str, Any]] = {}
-"""What the latest calls' lines define: each holds a checkpoint in memory and on disk."""
+"""What the lines of the calls that were used last define: each holds a checkpoint in memory and on disk."""
 
 
 def _execute(lines: tuple[str, ...]) -> dict[str, Any]:
@@ -198,6 +198,7 @@ def _execute(lines: tuple[str, ...]) -> dict[str, Any]:
         namespace: dict[str, Any] = {"torch": torch}
         exec(compile("\n".join(lines), "<reproduction>", "exec"), namespace)
         _namespaces[lines] = namespace
+    _namespaces[lines] = _namespaces.pop(lines)  # the latest one used is forgotten last
     return _namespaces[lines]
 
 
