@@ -188,7 +188,7 @@ class GPTCase:
 
 KEPT = 8
 _namespaces: dict[tuple[str, ...], dict[str, Any]] = {}
-"""What the lines of the calls that were used last define: each holds a checkpoint in memory and on disk."""
+"""What the lines of the latest calls define: each holds a checkpoint in memory and on disk."""
 
 
 def _execute(lines: tuple[str, ...]) -> dict[str, Any]:
