@@ -19,7 +19,7 @@ from mutants import Broken
 
 from reference_impl.gpt import CheckpointError, CheckpointReader, GPTBatched, layers, masks
 from reference_impl.gpt.checkpoint import KNOWN_HEADS
-from reference_impl.gpt.config import scalars_needed
+from reference_impl.gpt.config import scalars_needed, state_shapes
 from reference_impl.gpt.stored import StoredTensor
 from reference_impl.rotary import rotary
 
@@ -1334,3 +1334,33 @@ class ScalarsNotChecked(CheckpointReader):
     def check_finite(self, tensor, key, what):
         if key != "scalars":
             super().check_finite(tensor, key, what)
+
+
+@near_reader("refuses.misshapen-tensor")
+class ReshapedWhereItFits(CheckpointReader):
+    """A weight of as many elements as are needed is given the shape that is needed."""
+
+    def attention_width(self, format, model_dim):
+        for key, stored in self.tensors.items():
+            if ".attn.qkv" in key and stored.shape[-1:] == (model_dim,):
+                wanted = (-1, model_dim, model_dim)
+                self.tensors[key] = changed(stored, partial(torch.reshape, shape=wanted))
+        return super().attention_width(format, model_dim)
+
+
+@near_reader("refuses.misshapen-tensor")
+class LargerOnesCut(CheckpointReader):
+    """Of a tensor that is too large the beginning is taken."""
+
+    def check_layout(self, config):
+        for key, shape in state_shapes(config).items():
+            stored = self.tensors.get(key)
+            if stored is not None and len(stored.shape) == len(shape):
+                cut = tuple(slice(size) for size in shape)
+                self.tensors[key] = changed(stored, partial(take, cut))
+        super().check_layout(config)
+
+
+def take(cut, tensor):
+    """A contiguous part of a tensor."""
+    return tensor[cut].clone()
