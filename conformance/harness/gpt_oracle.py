@@ -36,10 +36,12 @@ def noise_pool() -> Tensor:
 def noise(count: int) -> Tensor:
     """``count`` random numbers; tensors of different sizes begin at different places."""
     pool, start = noise_pool(), count % 1009
-    return pool.repeat(-(-(start + count) // len(pool)))[start : start + count]
+    repeats = -(-(start + count) // len(pool))
+    return (pool if repeats == 1 else pool.repeat(repeats))[start : start + count]
 
 
-def model_of(call: GPTCall, dtype: torch.dtype, *, perturbed: bool = False) -> GPTBatched:
+@functools.lru_cache(maxsize=4)  # a case asks for several oracles of one checkpoint in turn
+def model_of(call: GPTCall, dtype: torch.dtype, perturbed: bool) -> GPTBatched:
     """The reference model of the call's true state."""
     state = {}
     for key, tensor in call.named("state").items():
@@ -58,7 +60,7 @@ def run_reference(
     perturbed: bool = False,
 ) -> dict[str, Tensor]:
     """Features and logits of the reference."""
-    model = model_of(call, dtype, perturbed=perturbed)
+    model = model_of(call, dtype, perturbed)
     with torch.no_grad():
         features = model.features(ids, **masks)
         return {"features": features, "logits": model.logits_of(features)}

@@ -215,7 +215,7 @@ class GPTBatched(nn.Module):
         """Self-attention of one block, [B, T, C]."""
         block = self.blocks[layer]
         q, k, v = self.queries_keys_values(x_BTC, self.weight(block.qkv_w))
-        q, k = self.norm_and_rotate(q), self.norm_and_rotate(k)
+        q, k = self.norm_and_rotate(torch.cat([q, k], dim=1)).chunk(2, dim=1)
         v = self.mix_values(self.values(v), value_BTC, lambdas)
         y_BTC = layers.join_heads(self.attend(q, k, v, visible_B1TT))
         return F.linear(y_BTC, self.weight(block.o_w))
@@ -226,7 +226,7 @@ class GPTBatched(nn.Module):
         return tuple(layers.split_heads(each, self.config.num_heads) for each in projected)
 
     def norm_and_rotate(self, x_BHTD: Tensor) -> Tensor:
-        """Queries or keys, normed a head and rotated by position."""
+        """Queries and keys, normed a head and rotated by position."""
         return self.rotate(layers.norm(x_BHTD))
 
     def rotate(self, x_BHTD: Tensor) -> Tensor:
