@@ -20,8 +20,8 @@ from mutants import Broken
 from reference_impl.gpt import CheckpointError, CheckpointReader, GPTBatched, layers, masks
 from reference_impl.gpt.checkpoint import KNOWN_HEADS
 from reference_impl.gpt.config import scalars_needed, state_shapes
-from reference_impl.gpt.stored import StoredTensor
 from reference_impl.rotary import rotary
+from reference_impl.stored import StoredTensor
 
 NEAR_GPT: dict[str, Broken] = {}
 

@@ -11,7 +11,7 @@ from conformance.correct_variants import correct_variant
 from reference_impl.gpt import CheckpointReader, GPTBatched, layers
 from reference_impl.gpt.batched import from_state
 from reference_impl.gpt.layers import ATTENTION_SCALE, ROTARY_BASE
-from reference_impl.gpt.stored import StoredTensor
+from reference_impl.stored import StoredTensor
 
 
 class Reads:

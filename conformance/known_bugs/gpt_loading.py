@@ -21,7 +21,7 @@ from reference_impl.gpt.config import (
 )
 from reference_impl.gpt.dictionaries import open_dictionary
 from reference_impl.gpt.saving import save_state
-from reference_impl.gpt.stored import StoredTensor
+from reference_impl.stored import StoredTensor
 
 REFUSES = "gpt_checkpoint.refuses"
 FUNCTION = "gpt_checkpoint.function"

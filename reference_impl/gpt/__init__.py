@@ -18,7 +18,7 @@ from reference_impl.gpt.checkpoint import (
     save_checkpoint,
 )
 from reference_impl.gpt.config import GPTConfig
-from reference_impl.gpt.stored import CheckpointError
+from reference_impl.stored import CheckpointError
 
 __all__ = [
     "CheckpointError",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from reference_impl.gpt.dictionaries import find_state
-from reference_impl.gpt.stored import (
+from reference_impl.stored import (
     CheckpointError,
     StoredCheckpoint,
     StoredTensor,

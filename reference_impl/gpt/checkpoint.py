@@ -2,7 +2,7 @@
 
 Everything is detected from the names and shapes of the tensors. A checkpoint is taken whole or not at
 all: a tensor that is missing, left over, misshapen, not finite or named twice is a
-:class:`~reference_impl.gpt.stored.CheckpointError` that names the file and the tensor.
+:class:`~reference_impl.stored.CheckpointError` that names the file and the tensor.
 
 The steps are methods of :class:`CheckpointReader`, so that a planted bug replaces one of them.
 """
@@ -32,7 +32,7 @@ from reference_impl.gpt.config import (
     state_shapes,
 )
 from reference_impl.gpt.files import open_checkpoint
-from reference_impl.gpt.stored import CheckpointError, LazyState, StoredCheckpoint, StoredTensor
+from reference_impl.stored import CheckpointError, LazyState, StoredCheckpoint, StoredTensor
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 """The path of a checkpoint, or the dictionary itself."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference_impl.gpt.stored import CheckpointError, StoredCheckpoint, StoredTensor
+from reference_impl.stored import CheckpointError, StoredCheckpoint, StoredTensor
 
 
 def open_dictionary(dictionary: Mapping[str, Any]) -> StoredCheckpoint:

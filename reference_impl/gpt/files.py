@@ -9,8 +9,8 @@ from typing import Any
 
 from reference_impl.gpt.archives import open_archive
 from reference_impl.gpt.dictionaries import open_dictionary
-from reference_impl.gpt.safetensors_files import open_safetensors
-from reference_impl.gpt.stored import CheckpointError, StoredCheckpoint
+from reference_impl.safetensors_files import open_safetensors
+from reference_impl.stored import CheckpointError, StoredCheckpoint
 
 
 def open_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> StoredCheckpoint:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from reference_impl.gpt.stored import (
+from reference_impl.stored import (
     CheckpointError,
     StoredCheckpoint,
     StoredTensor,
@@ -75,3 +77,30 @@ class SafeTensor:
         with self.file.at(self.offset, self.key) as file:
             storage, _ = read_bytes(file, self.size, str(self.file.path), self.key)
         return storage.view(self.dtype).view(self.shape)
+
+    def part(self, dim: int, ranges: Sequence[range]) -> Tensor:
+        """The indices ``ranges`` along ``dim``, one range after the other; only they are read."""
+        width = torch.empty((), dtype=self.dtype).element_size()
+        inner = width * math.prod(self.shape[dim + 1 :])
+        outer = math.prod(self.shape[:dim])
+        pieces = []
+        for wanted in ranges:
+            size, rows = len(wanted) * inner, []
+            for row in range(outer):
+                offset = self.offset + row * self.shape[dim] * inner + wanted.start * inner
+                rows.append((offset, size))
+            shape = (*self.shape[:dim], len(wanted), *self.shape[dim + 1 :])
+            pieces.append(self._read(rows).view(self.dtype).view(shape))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    def _read(self, places: Sequence[tuple[int, int]]) -> Tensor:
+        """The bytes at these places (offset, size) of the file, one after the other."""
+        storage = torch.empty(sum(size for _, size in places), dtype=torch.uint8)
+        view, done = memoryview(storage.numpy()), 0
+        with self.file.at(places[0][0], self.key) as file:
+            for offset, size in places:
+                file.seek(offset)
+                if file.readinto(view[done : done + size]) != size:
+                    raise CheckpointError(str(self.file.path), "ends too early", key=self.key)
+                done += size
+        return storage
