@@ -136,6 +136,9 @@ rotary = _contract_fixture("rotary")
 rotary_module = _contract_fixture("rotary_module")
 cached_attention = _contract_fixture("cached_attention")
 gpt_checkpoint = _contract_fixture("gpt_checkpoint")
+parallel_linear = _contract_fixture("parallel_linear")
+weight_loader = _contract_fixture("weight_loader")
+causal_lm = _contract_fixture("causal_lm")
 
 
 # Collection

@@ -6,7 +6,14 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-AREAS = ("attention", "rotary", "gpt_checkpoint")
+AREAS = (
+    "attention",
+    "rotary",
+    "gpt_checkpoint",
+    "parallel_linear",
+    "weight_loader",
+    "causal_lm",
+)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-CATALOGUES = ("attention", "rope", "checkpoint", "gpt_checkpoint", "gpt_loading")
+CATALOGUES = (
+    "attention",
+    "rope",
+    "checkpoint",
+    "gpt_checkpoint",
+    "gpt_loading",
+    "tensor_parallel",
+    "loader",
+    "qwen2",
+)
 
 
 class DataMissing(FileNotFoundError):

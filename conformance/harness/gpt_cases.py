@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
+from conformance.harness.file_calls import FileCall
 from reference_impl.gpt.config import (
     GPTConfig,
     attention_shapes,
@@ -189,42 +188,11 @@ class GPTCase:
         return GPTCall("gpt_checkpoint", lines, ("source",), tuple(options.items()), case=self)
 
 
-KEPT = 8
-_namespaces: dict[tuple[str, ...], dict[str, Any]] = {}
-"""What the lines of the latest calls define: each holds a checkpoint in memory and on disk."""
-
-
-def _execute(lines: tuple[str, ...]) -> dict[str, Any]:
-    if lines not in _namespaces:
-        while len(_namespaces) >= KEPT:
-            _forget(next(iter(_namespaces)))
-        namespace: dict[str, Any] = {"torch": torch}
-        exec(compile("\n".join(lines), "<reproduction>", "exec"), namespace)
-        _namespaces[lines] = namespace
-    _namespaces[lines] = _namespaces.pop(lines)  # the latest one used is forgotten last
-    return _namespaces[lines]
-
-
-def _forget(lines: tuple[str, ...]) -> None:
-    """Free the checkpoint at once: its functions and their namespace refer to each other."""
-    namespace = _namespaces.pop(lines)
-    namespace["folder"].cleanup()
-    namespace.clear()
-
-
 @dataclass(frozen=True)
-class GPTCall(Call):
+class GPTCall(FileCall):
     """A call that opens a checkpoint; what is then done with it completes the source text."""
 
     done: str = ".load().logits(ids)"
-
-    def namespace(self) -> dict[str, Any]:
-        """See :meth:`Call.namespace`."""
-        return _execute(self.lines)
-
-    def source(self) -> str:
-        """The call, and what is done with the reader."""
-        return super().source() + self.done
 
 
 def gpt_cases(

@@ -198,9 +198,14 @@ def assert_any_length(gpt_checkpoint: Subject, case: GPTCase) -> None:
 
 
 def padding_of(case: GPTCase, side: str, device: str) -> Tensor:
-    """Bool [batch, tokens], False at padding of another length in each row, zero in one."""
+    """Bool [batch, tokens], False at padding of another length in each row, none in one.
+
+    In every other case a row has a single slot of padding, which is the easiest to overlook.
+    """
     lengths = [(case.seed + 3 * row) % (case.tokens - 2) for row in range(case.batch)]
     lengths[case.seed % case.batch] = 0
+    if case.seed % 2:
+        lengths[(case.seed + 1) % case.batch] = 1
     slot = torch.arange(case.tokens)
     on_left = [side == "left" or (side == "either" and row % 2) for row in range(case.batch)]
     padded = torch.stack(

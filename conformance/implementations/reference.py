@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from reference_impl.attention import Attention
 from reference_impl.cached_attention import CachedAttention
 from reference_impl.gpt import CheckpointReader
+from reference_impl.qwen2 import load_shards
+from reference_impl.qwen2.engine import CausalLM
+from reference_impl.qwen2.parallel_linear import ParallelLinear
 from reference_impl.rotary import Rotary, RotaryModule
 
 
-class Reference(Attention, Rotary):
+class Reference(Attention, Rotary, ParallelLinear, CausalLM):
     """Offers every contract."""
 
     def rotary_module(self, head_dim: int, **options) -> RotaryModule:
@@ -22,3 +27,7 @@ class Reference(Attention, Rotary):
     def gpt_checkpoint(self, source, **options) -> CheckpointReader:
         """See :class:`conformance.contracts.GPTCheckpoint`."""
         return CheckpointReader(source, **options)
+
+    def weight_loader(self, directory, **options) -> dict[str, Tensor]:
+        """See :class:`conformance.contracts.WeightLoader`."""
+        return load_shards(directory, **options)

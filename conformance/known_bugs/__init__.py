@@ -10,7 +10,16 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-AREAS = ("attention", "rotary", "cached_attention", "gpt_function", "gpt_loading")
+AREAS = (
+    "attention",
+    "rotary",
+    "cached_attention",
+    "gpt_function",
+    "gpt_loading",
+    "parallel_linear",
+    "weight_loader",
+    "causal_lm",
+)
 
 
 @dataclass(frozen=True)

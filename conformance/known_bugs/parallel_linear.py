@@ -1,0 +1,1 @@
+"""Documented bugs of the contract ``parallel_linear``."""
