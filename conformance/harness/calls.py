@@ -27,6 +27,18 @@ class Call:
     dtype: torch.dtype = torch.float32
     case: object = None
 
+    @property
+    def preamble(self) -> tuple[str, ...]:
+        """What a reproduction begins with: nothing, or joining the group of several ranks."""
+        ranks = getattr(self.case, "ranks", 1)
+        if ranks == 1:
+            return ()
+        return (
+            f"import torch.distributed as dist  # torchrun --nproc-per-node={ranks}",
+            "dist.init_process_group('gloo')",
+            "rank = dist.get_rank()",
+        )
+
     def then(self, *lines: str, **options: str) -> Call:
         """The same call after further lines, with options (as source text) added or replaced."""
         merged = {**dict(self.options), **options}

@@ -30,6 +30,7 @@ def reproduction(failure: ConformanceFailure) -> list[str]:
     result = "out, lse" if dict(call.options).get("return_lse") == "True" else "out"
     return [
         "import torch",
+        *call.preamble,
         *failure.import_lines,
         *call.lines,
         f"{result} = {call.source()}",

@@ -45,8 +45,8 @@ PATIENCE = 30.0
 """Seconds for one call on all ranks."""
 SHORT_PATIENCE = 4.0
 """Seconds for the calls after one that hung."""
-GRACE = 2.0
-"""Seconds that the other ranks have to answer when one has failed."""
+GRACE, SHORT_GRACE = 2.0, 0.2
+"""Seconds that the other ranks have to answer when one has failed, the first time and later."""
 
 RankFunction = Callable[..., Any]
 """Called as ``function(subject, *arguments)`` on each rank; importable by its name."""
@@ -165,7 +165,7 @@ class RankPool:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             raise NotRun("ranks are forked, which a process that uses CUDA cannot be")
         self.subject, self.ranks = subject, ranks
-        self.patience = PATIENCE
+        self.patience, self.grace = PATIENCE, GRACE
         self.workers: list[Worker] = []
 
     def start(self) -> None:
@@ -212,7 +212,8 @@ class RankPool:
                 except (EOFError, OSError):
                     answers[waiting[pipe]] = self.workers[waiting[pipe]].death()
                 if isinstance(answers[waiting[pipe]], Raised) and not failed:
-                    until, failed = min(until, time.monotonic() + GRACE), True
+                    until, failed = min(until, time.monotonic() + self.grace), True
+                    self.grace = SHORT_GRACE
         if len(answers) < self.ranks and not failed:
             seconds, self.patience = self.patience, SHORT_PATIENCE
             for worker in self.workers:
@@ -328,7 +329,7 @@ def _serve(
     signal.setitimer(signal.ITIMER_REAL, 0)  # the deadline is the parent's
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    faulthandler.cancel_dump_traceback_later()
+    # faulthandler's own timer is a thread, which is not here; to cancel it would wait for ever.
     for pool in _pools.values():  # so that a pool ends when this process's parent does
         for worker in pool.workers:
             worker.pipe.close()
