@@ -449,7 +449,7 @@ def test_float16_is_as_close_as_it_can_be(parallel_linear, case):
 
 
 @requirement("parallel_linear.input.any-axes", source=MEGATRON)
-@given(case=layer_cases(LINEAR, leading=st.sampled_from([(), (1,), (7,), (1, 1), (2, 3, 4)])))
+@given(case=layer_cases(LINEAR, leading=st.sampled_from([(), (7,), (1, 1), (2, 3, 4)])))
 def test_any_leading_axes_are_taken(parallel_linear, case):
     """One token, a row of tokens, batches of batches."""
     assert_layer(parallel_linear, case)

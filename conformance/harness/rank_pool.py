@@ -41,7 +41,7 @@ from conformance.harness.failures import (
 )
 from conformance.harness.subject import LONGEST_LINE, Subject, first_line
 
-PATIENCE = 30.0
+PATIENCE = 20.0
 """Seconds for one call on all ranks."""
 SHORT_PATIENCE = 4.0
 """Seconds for the calls after one that hung."""
@@ -170,6 +170,8 @@ class RankPool:
 
     def start(self) -> None:
         """Fork the processes; they meet at a file."""
+        import torch.distributed.tensor.debug  # noqa: F401  (here once, and not in every rank)
+
         self.folder = tempfile.TemporaryDirectory(prefix="conformance-ranks-")
         self.workers = []
         for rank in range(self.ranks):

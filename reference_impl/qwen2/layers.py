@@ -296,7 +296,7 @@ class VocabParallelCrossEntropy(ShardedLayer):
         kept = targets_N != self.ignore_index
         hit_NV = index == torch.where(kept, targets_N, -1)[:, None]
         finite_NV = torch.where(index < self.vocab_size, logits_NV, 0)
-        target_N = self.total((finite_NV * hit_NV).sum(-1))
+        target_N = self.target_logits((finite_NV * hit_NV).sum(-1))
         mean_N = self.total(finite_NV.sum(-1)) / self.width(rows)
         smoothing = self.label_smoothing
         loss_N = log_sum_N - (1 - smoothing) * target_N - smoothing * mean_N
@@ -305,6 +305,10 @@ class VocabParallelCrossEntropy(ShardedLayer):
     def total(self, x: Tensor) -> Tensor:
         """The sum over the ranks."""
         return reduce_from_ranks(x, self.ranks)
+
+    def target_logits(self, own_N: Tensor) -> Tensor:
+        """The targets' logits, each of which one rank has, and the others zeros."""
+        return self.total(own_N)
 
     def width(self, rows: int) -> int:
         """Over how many tokens the smoothing is spread."""
