@@ -1,0 +1,191 @@
+"""The pool of rank processes: every way in which a rank can fail ends in bounded time, named."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from conformance.harness import rank_pool
+from conformance.harness.failures import ConformanceFailure, Declined, HarnessError
+from conformance.harness.rank_pool import end_pools, on_ranks
+from conformance.harness.subject import Subject, errors_named
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(rank_pool, "PATIENCE", 3.0)
+    monkeypatch.setattr(rank_pool, "GRACE", 0.5)
+    end_pools()
+    yield
+    end_pools()
+
+
+def method(*arguments):
+    return arguments
+
+
+def subject():
+    return Subject("attention", method)
+
+
+def misbehave(subject, how, guilty=1):
+    """One rank does something else than take part in the reduction."""
+    if dist.get_rank() == guilty:
+        if how == "exit":
+            os._exit(3)
+        if how == "signal":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if how == "sleep":
+            time.sleep(60)
+        if how == "raise":
+            with errors_named("the layer"):
+                raise ValueError("rank is unhappy")
+        if how == "decline":
+            raise Declined("not on this rank")
+        if how == "harness":
+            raise KeyError("our own fault")
+        if how == "print":
+            print("x" * 1_000_000, flush=True)
+            os.write(1, b"y" * 1_000_000)
+        if how == "leave":
+            return "early"
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def failure_of(how, ranks=3):
+    start = time.monotonic()
+    with pytest.raises(ConformanceFailure) as caught:
+        on_ranks(subject(), ranks, misbehave, how)
+    assert time.monotonic() - start < 10
+    return caught.value
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_rank_answers_in_rank_order(ranks):
+    assert on_ranks(subject(), ranks, misbehave, "behave") == [float(ranks)] * ranks
+
+
+def rank_and_process(subject):
+    return dist.get_rank(), os.getpid(), int(torch.randint(1 << 30, (1,)))
+
+
+def test_processes_stay_up_and_draw_other_numbers_each():
+    one, two = (on_ranks(subject(), 3, rank_and_process) for _ in range(2))
+    assert one == two, "the same processes, seeded alike before each call"
+    assert [rank for rank, _, _ in one] == [0, 1, 2]
+    assert len({number for _, _, number in one}) == 3
+    assert os.getpid() not in {process for _, process, _ in one}
+
+
+def test_one_rank_runs_here_and_without_a_group():
+    assert on_ranks(subject(), 1, initialised_here) == [(False, os.getpid())]
+
+
+def initialised_here(subject):
+    return dist.is_initialized(), os.getpid()
+
+
+def test_calls_are_counted():
+    counted = subject()
+    on_ranks(counted, 2, misbehave, "behave")
+    assert counted.calls.total() == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "ended"), [("exit", "with status 3"), ("signal", "by signal SIGSEGV")]
+)
+def test_a_rank_that_dies_is_named(how, ended):
+    failure = failure_of(how)
+    assert failure.kind == "rank died"
+    assert failure.summary == f"rank 1 of 3: its process ended {ended}"
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack():
+    failure = failure_of("sleep")
+    assert failure.kind == "rank hung"
+    assert failure.summary == "rank 1 of 3: did not answer within 3 s: it is busy or stuck"
+    assert "in misbehave" in failure.details[0]
+    assert any("rank 0: did not answer within 3 s: it waits" in each for each in failure.details)
+
+
+def test_ranks_that_wait_for_each_other_are_told():
+    failure = failure_of("leave")
+    assert failure.kind == "ranks wait for each other"
+    assert failure.summary.startswith("rank 0 of 3: did not answer within 3 s: it waits")
+
+
+def test_an_exception_of_one_rank_is_that_of_the_call():
+    failure = failure_of("raise")
+    assert failure.kind == "raised ValueError"
+    assert failure.summary == "rank 1 of 3: the layer raised ValueError: rank is unhappy"
+    assert any("in misbehave" in each for each in failure.details)
+    assert any("still waiting: 0, 2" in each for each in failure.details)
+
+
+def test_later_calls_that_hang_are_given_up_sooner():
+    failure_of("sleep")
+    start = time.monotonic()
+    with pytest.raises(ConformanceFailure, match="did not answer within 4 s"):
+        on_ranks(subject(), 3, misbehave, "sleep")
+    assert time.monotonic() - start < 6
+
+
+def test_the_pool_is_whole_again_after_a_failure():
+    before = on_ranks(subject(), 2, rank_and_process)
+    failure_of("exit", ranks=2)
+    after = on_ranks(subject(), 2, rank_and_process)
+    assert {process for _, process, _ in before}.isdisjoint(process for _, process, _ in after)
+
+
+def test_a_rank_that_declines_declines_the_case():
+    with pytest.raises(Declined, match="not on this rank"):
+        on_ranks(subject(), 2, misbehave, "decline")
+
+
+def test_a_fault_of_the_harness_is_told_as_one():
+    with pytest.raises(HarnessError, match="rank 1 of 2: KeyError"):
+        on_ranks(subject(), 2, misbehave, "harness")
+
+
+def test_what_ranks_print_is_dropped(capfd):
+    assert on_ranks(subject(), 2, misbehave, "print") == [2.0, 2.0]
+    assert capfd.readouterr() == ("", "")
+
+
+def alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_no_process_outlives_its_pool():
+    processes = [process for _, process, _ in on_ranks(subject(), 3, rank_and_process)]
+    assert all(map(alive, processes))
+    end_pools()
+    assert not any(map(alive, processes))
+
+
+def test_another_implementation_has_another_pool():
+    one = on_ranks(subject(), 2, rank_and_process)
+    two = on_ranks(Subject("attention", lambda *arguments: arguments), 2, rank_and_process)
+    assert {p for _, p, _ in one}.isdisjoint(p for _, p, _ in two)
+    assert not any(alive(process) for _, process, _ in one)
+
+
+def what_it_closes_over(subject):
+    return subject.method()
+
+
+def test_ranks_have_whatever_the_implementation_is_made_of():
+    unpicklable = (number for number in [7])
+    assert on_ranks(Subject("attention", lambda: next(unpicklable)), 2, what_it_closes_over) == [
+        7,
+        7,
+    ]
