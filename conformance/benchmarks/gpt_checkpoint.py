@@ -17,10 +17,8 @@ children's ``ru_maxrss``.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,6 +28,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from conformance.benchmarks.machine import machine, memory, rounded, warm_up
 
 BAR = 2.5
 """Peak memory of the whole process over the size of the file."""
@@ -144,14 +144,6 @@ def loader_of(implementation: str) -> Callable[[str], Any]:
     return lambda path: adapter.gpt_checkpoint(path).load()
 
 
-def warm_up() -> None:
-    """Have torch set up its threads, so that they count as baseline and not as loading."""
-    import torch
-
-    with torch.inference_mode():
-        torch.ones(64, 64) @ torch.ones(64, 64)
-
-
 def torch_load(options: Options) -> Record:
     """``torch.load`` alone."""
     import torch
@@ -189,15 +181,6 @@ def plain_record(start: float, baseline: int, tensors: int) -> Record:
         "seconds": {"load": seconds},
         "memory": {"baseline": baseline, "peak_of_load": memory()["peak"]},
         "tensors": tensors,
-    }
-
-
-def memory() -> dict[str, int]:
-    """Resident bytes of this process, now and at most so far."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {
-        name: int(fields[field].split()[0]) * 1024
-        for name, field in (("now", "VmRSS"), ("peak", "VmHWM"))
     }
 
 
@@ -287,43 +270,6 @@ def run(options: Options) -> Record:
         "options": said,
         "variants": [rounded(variant) for variant in variants],
     }
-
-
-def rounded(value: Any) -> Any:
-    """The same record with four digits behind the point."""
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, list) else value
-
-
-def machine() -> Record:
-    """What the numbers depend on."""
-    from importlib.metadata import version
-
-    return {
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "platform": platform.platform(terse=True),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def cpu_model() -> str:
-    """The processor's name, with family and model where the name alone says little."""
-    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    fields = {
-        key.strip(): value.strip()
-        for key, _, value in (line.partition(":") for line in first.splitlines())
-    }
-    name = fields.get("model name", platform.machine())
-    numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
-    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def table(record: Record) -> str:
