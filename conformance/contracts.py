@@ -402,7 +402,8 @@ class WeightLoader(Protocol):
         or split by rows in equal shares with rows of zeros behind the last. A tied head may be left
         out; if it is there, it is the embedding.
 
-        ``dtype`` is that of every tensor; default: that of ``config.json``. The tie is that of
+        ``dtype`` is that of every tensor; default: that of ``config.json``. ``device``: where they
+        are. The tie is that of
         ``tie_word_embeddings``; where the file has a head of its own all the same, that head is
         used, or the directory refused. Names of the base model (without ``model.``) are understood,
         or refused.
@@ -479,7 +480,7 @@ class CausalLM(Protocol):
     ) -> LoadedLM:
         """The model of a directory. Called on every rank of torch.distributed's default group.
 
-        One rank calls it without a group. ``directory`` and ``dtype`` are as in
+        One rank calls it without a group. ``directory``, ``dtype`` and ``device`` are as in
         :class:`WeightLoader`; the weights are split over all ranks of the group.
 
         The model is Qwen2: RMS norm (the mean in float32 at least, rounded to the model's dtype

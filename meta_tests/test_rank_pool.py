@@ -103,6 +103,8 @@ def test_a_rank_that_dies_is_named(how, ended):
     failure = failure_of(how)
     assert failure.kind == "rank died"
     assert failure.summary == f"rank 1 of 3: its process ended {ended}"
+    if how == "signal":
+        assert "in misbehave" in failure.details[0]
 
 
 def test_a_rank_that_hangs_is_named_with_its_stack():

@@ -192,12 +192,17 @@ class RankPool:
         request = pickle.dumps((function, arguments))
         try:
             for worker in self.workers:
-                worker.pipe.send_bytes(request)
+                with contextlib.suppress(OSError):  # its death is seen where its answer is awaited
+                    worker.pipe.send_bytes(request)
             answers = self._answers()
-            return _results(answers, self.ranks)
         except BaseException:
-            self.end()  # a rank may be waiting for one that has failed
+            self.end()
             raise
+        raised = [answer for answer in answers.values() if isinstance(answer, Raised)]
+        alike = len({answer.type for answer in raised}) == 1 and len(raised) == self.ranks
+        if raised and not (alike and raised[0].type == "Declined"):
+            self.end()  # a rank may be waiting for one that has failed
+        return _results(answers, self.ranks)
 
     def _answers(self) -> dict[int, Any]:
         """The answer of each rank that gave one, until all have, one is lost, or time is over."""
@@ -233,31 +238,38 @@ class Worker:
     pipe: connection.Connection
     stacks: Path
     """Where the process writes its stack when it is asked to."""
+    gone: bool = False
+    """Its number may be another process's by now."""
 
     def kill(self) -> None:
         """End the process, whatever it does."""
-        with contextlib.suppress(ProcessLookupError):
+        if not self.gone:
             os.kill(self.process, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
             os.waitpid(self.process, 0)
+            self.gone = True
         self.pipe.close()
 
     def death(self) -> Raised:
         """That the process is gone, and how it ended."""
         _, status = os.waitpid(self.process, 0)
+        self.gone = True
         code = os.waitstatus_to_exitcode(status)
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-        return Raised("ConformanceFailure", DIED, f"its process ended {how}")
+        return Raised("ConformanceFailure", DIED, f"its process ended {how}", self.stack())
+
+    def stack(self) -> tuple[str, ...]:
+        """The frames of the implementation that the process wrote down, the innermost first."""
+        text = self.stacks.read_text() if self.stacks.exists() else ""
+        frames = [line.strip() for line in text.splitlines() if line.strip().startswith("File")]
+        own = [n for n, frame in enumerate(frames) if __file__ in frame]
+        return tuple(f"  {frame}" for frame in frames[: own[0] if own else TRACEBACK_LINES])
 
     def hung(self, seconds: float) -> Raised:
         """That the process did not answer, and where it is."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process, signal.SIGUSR1)
         time.sleep(0.2)
-        stack = self.stacks.read_text() if self.stacks.exists() else ""
-        frames = [line.strip() for line in stack.splitlines() if line.strip().startswith("File")]
-        own = [n for n, frame in enumerate(frames) if __file__ in frame]
-        lines = tuple(f"  {frame}" for frame in frames[: own[0] if own else TRACEBACK_LINES])
+        lines = self.stack()
         waiting = bool(lines) and f"torch{os.sep}distributed" in lines[0]
         where = "waits for the others" if waiting else "is busy or stuck"
         summary = f"did not answer within {seconds:g} s: it {where}"
@@ -336,6 +348,7 @@ def _serve(
         for worker in pool.workers:
             worker.pipe.close()
     with stacks.open("w") as stack_file, _silence():
+        faulthandler.enable(file=stack_file, all_threads=False)
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
         torch.set_num_threads(1)  # the threads of the parent are not here
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
