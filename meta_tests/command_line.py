@@ -160,11 +160,12 @@ def _server() -> subprocess.Popen:
 
 
 def suite_run(folder: Path, *arguments: str, only: str = ONE, **more) -> Run:
-    """The attention file of the suite in ``folder``, with a report, for requirements ``only``."""
+    """A contract's file of the suite in ``folder``, with a report, for requirements ``only``."""
+    contract = only.split(".")[0] if "." in only else "attention"
     selection = ["-k", only] if only else []
     return pytest_run(
         folder,
-        str(ROOT / "conformance" / "test_attention.py"),
+        str(ROOT / "conformance" / f"test_{contract}.py"),
         f"--rootdir={folder}",
         "--conformance-report",
         str(folder / "out"),

@@ -7,6 +7,7 @@ import time
 import torch
 
 from reference_impl.attention import Attention
+from reference_impl.qwen2.parallel_linear import ParallelLinear
 
 FAKES: dict[str, type] = {}
 
@@ -190,3 +191,26 @@ class DeclinesEverything:
 
     def attention(self, q, k, v, *, causal=False):
         raise NotImplementedError("not today")
+
+
+@fake
+class LosesARank(ParallelLinear):
+    """The process of the second rank ends."""
+
+    def parallel_linear(self, kind, weights, **options):
+        if torch.distributed.get_rank() == 1:
+            os._exit(0)
+        return super().parallel_linear(kind, weights, **options)
+
+
+@fake
+class HangsOnARank(ParallelLinear):
+    """The second rank never comes to the reduction."""
+
+    def parallel_linear(self, kind, weights, **options):
+        if torch.distributed.get_rank() == 1:
+            time.sleep(BOUND_OF_A_RANK)
+        return super().parallel_linear(kind, weights, **options)
+
+
+BOUND_OF_A_RANK = 300

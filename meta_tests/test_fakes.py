@@ -12,6 +12,8 @@ FAKES = ROOT / "meta_tests" / "fakes.py"
 
 TWO = f"{ONE} or attention.causal.matches-oracle"
 
+ON_RANKS = "parallel_linear.row.sum"
+
 # Fake: requirements to select, further arguments.
 CALLS = {
     "ReturnsNaN": (ONE, ()),
@@ -34,6 +36,8 @@ CALLS = {
     "RequiresMore": (ONE, ()),
     "OffersNothing": (ONE, ()),
     "DeclinesEverything": (ONE, ()),
+    "LosesARank": (ON_RANKS, ()),
+    "HangsOnARank": (ON_RANKS, ("--hypothesis-profile", "smoke")),
 }
 
 
@@ -157,3 +161,18 @@ def test_declining_everything_is_inconclusive(ended):
     assert run.status == 6, run.text
     assert run.verdict.startswith("inconclusive: none of 1 planned requirements executed")
     assert "not today" in run.out
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "found"),
+    [
+        ("LosesARank", "rank died", "rank 1 of 2: its process ended with status 0"),
+        ("HangsOnARank", "rank hung", "rank 1 of 2: did not answer within"),
+    ],
+)
+def test_a_rank_that_is_lost_fails_the_requirement_and_is_named(ended, name, kind, found):
+    run = ended(name)
+    assert run.status == 1, run.text
+    (record,) = run.report().records
+    assert record["failure"]["kind"] == kind, record
+    assert found in run.out, run.text

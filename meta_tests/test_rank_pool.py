@@ -9,8 +9,14 @@ import torch
 import torch.distributed as dist
 
 from conformance.harness import rank_pool
-from conformance.harness.failures import ConformanceFailure, Declined, HarnessError
+from conformance.harness.failures import (
+    ConformanceFailure,
+    Declined,
+    HarnessError,
+    Inconclusive,
+)
 from conformance.harness.rank_pool import end_pools, on_ranks
+from conformance.harness.requirement import Tally
 from conformance.harness.subject import Subject, errors_named
 
 
@@ -129,12 +135,30 @@ def test_an_exception_of_one_rank_is_that_of_the_call():
     assert any("still waiting: 0, 2" in each for each in failure.details)
 
 
-def test_later_calls_that_hang_are_given_up_sooner():
+def test_a_call_that_hung_is_not_waited_for_again():
     failure_of("sleep")
     start = time.monotonic()
-    with pytest.raises(ConformanceFailure, match="did not answer within 4 s"):
+    with pytest.raises(ConformanceFailure, match="rank 1 of 3: did not answer within 3 s"):
         on_ranks(subject(), 3, misbehave, "sleep")
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 1
+
+
+def test_other_calls_after_one_that_hung_are_given_up_sooner(monkeypatch):
+    monkeypatch.setattr(rank_pool, "SHORT_PATIENCE", 1.0)
+    failure_of("sleep")
+    with pytest.raises(ConformanceFailure, match="rank 2 of 3: did not answer within 1 s"):
+        on_ranks(subject(), 3, misbehave, "sleep", 2)
+
+
+def test_a_requirement_runs_no_further_cases_after_two_that_hung(monkeypatch):
+    monkeypatch.setattr(rank_pool, "SHORT_PATIENCE", 0.5)
+    tally = Tally()
+    monkeypatch.setattr(rank_pool, "current_tally", lambda: tally)
+    for guilty in (0, 1):
+        with pytest.raises(ConformanceFailure, match="did not answer"):
+            on_ranks(subject(), 3, misbehave, "sleep", guilty)
+    with pytest.raises(Inconclusive, match="hung in earlier cases"):
+        on_ranks(subject(), 3, misbehave, "behave")
 
 
 def test_the_pool_is_whole_again_after_a_failure():

@@ -15,14 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def code_blocks(language: str) -> list[str]:
-    """The fenced blocks of one language in the README."""
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+ADAPTERS = (ROOT / "docs/adapters.md").read_text()
 
 
-def block_that_starts(language: str, start: str) -> str:
+def code_blocks(language: str, page: str = README) -> list[str]:
+    """The fenced blocks of one language on a page."""
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+
+
+def block_that_starts(language: str, start: str, page: str = README) -> str:
     """The one block that starts with ``start``."""
-    (block,) = [block for block in code_blocks(language) if block.startswith(start)]
+    (block,) = [block for block in code_blocks(language, page) if block.startswith(start)]
     return block
 
 
@@ -108,6 +111,21 @@ def test_own_repository_runs_the_requirements(adapter_folder, installed):
     result = run("python -m pytest tests -q -k 'causal or gqa'", adapter_folder, installed)
     assert result.returncode == 1, result.stdout
     assert "attention.causal.aligned-to-last-key" in result.stdout
+
+
+def test_a_layer_on_several_ranks_runs_as_written(tmp_path, installed):
+    """The layer of docs/adapters.md passes on real ranks, and fails without its sum."""
+    layers = tmp_path / "my_layers.py"
+    layers.write_text(block_that_starts("python", "# my_layers.py", ADAPTERS))
+    command = block_that_starts("sh", "pytest --pyargs conformance --impl my_layers", ADAPTERS)
+    result = run(command, tmp_path, installed)
+    assert result.returncode == 0, result.stdout
+    assert "5 passed, 2 declined" in result.stdout
+
+    layers.write_text(layers.read_text().replace("Sum.apply(y)", "y"))
+    result = run(f"{command.strip()} -k parallel_linear.row.sum", tmp_path, installed)
+    assert result.returncode == 1, result.stdout
+    assert "parallel_linear.row.sum (core): wrong values" in result.stdout
 
 
 def test_listing_commands_run_as_written(tmp_path, installed):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -570,3 +571,15 @@ def test_a_cache_of_another_batch_is_refused(folder):
     _, cache = model(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="the cache has shape"):
         model(torch.zeros(3, 1, dtype=torch.long), cache=cache)
+
+
+def test_the_lines_of_the_documentation_run(tmp_path, monkeypatch):
+    page = Path(__file__).parents[1] / "docs" / "tensor_parallel.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    their_model(SHAPES["4 heads, 2 kv"]).save_pretrained("qwen2")
+    names = {}
+    exec(block, names)
+    assert names["logits"].shape == (1, 4, 101)
+    assert names["text"].shape == (1, 12)
+    assert len(names["four"]) == 4

@@ -39,12 +39,15 @@ from conformance.harness.failures import (
     Inconclusive,
     NotRun,
 )
+from conformance.harness.requirement import current_tally
 from conformance.harness.subject import LONGEST_LINE, Subject, first_line
 
 PATIENCE = 20.0
 """Seconds for one call on all ranks."""
 SHORT_PATIENCE = 4.0
 """Seconds for the calls after one that hung."""
+ENOUGH_HANGS = 2
+"""After so many of one requirement it runs no further cases: making a hang smaller takes minutes."""
 GRACE, SHORT_GRACE = 2.0, 0.2
 """Seconds that the other ranks have to answer when one has failed, the first time and later."""
 
@@ -123,7 +126,8 @@ def _in_existing_group(
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
     if dist.get_world_size() != ranks:
-        raise NotRun(f"needs {ranks} ranks, and the group that exists has {dist.get_world_size()}")
+        have = dist.get_world_size()
+        raise Inconclusive(f"needs {ranks} ranks, and the group that exists has {have}")
     answer = _answer(subject, function, arguments)
     answers: list[Any] = [None] * ranks
     dist.all_gather_object(answers, answer)
@@ -167,6 +171,8 @@ class RankPool:
         self.subject, self.ranks = subject, ranks
         self.patience, self.grace = PATIENCE, GRACE
         self.workers: list[Worker] = []
+        self.hung: dict[bytes, dict[int, Any]] = {}
+        """What ended calls that hung, by request."""
 
     def start(self) -> None:
         """Fork the processes; they meet at a file."""
@@ -187,9 +193,13 @@ class RankPool:
 
     def call(self, function: RankFunction, arguments: tuple[Any, ...]) -> list[Any]:
         """See :func:`on_ranks`."""
+        request = pickle.dumps((function, arguments))
+        if request in self.hung:  # shown again, not waited for again
+            return _results(self.hung[request], self.ranks)
+        if current_tally().hangs >= ENOUGH_HANGS:
+            raise Inconclusive("ranks hung in earlier cases of this requirement")
         if not self.workers:
             self.start()
-        request = pickle.dumps((function, arguments))
         try:
             for worker in self.workers:
                 with contextlib.suppress(OSError):  # its death is seen where its answer is awaited
@@ -199,6 +209,9 @@ class RankPool:
             self.end()
             raise
         raised = [answer for answer in answers.values() if isinstance(answer, Raised)]
+        if any(answer.kind in (HUNG, WAITING) for answer in raised):
+            self.hung[request] = answers
+            current_tally().hangs += 1
         alike = len({answer.type for answer in raised}) == 1 and len(raised) == self.ranks
         if raised and not (alike and raised[0].type == "Declined"):
             self.end()  # a rank may be waiting for one that has failed

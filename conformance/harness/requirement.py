@@ -43,6 +43,8 @@ class Tally:
     confusable: Counter[str] = field(default_factory=Counter)
     comparisons: Counter[str] = field(default_factory=Counter)
     """Comparisons by lane."""
+    hangs: int = 0
+    """Calls on several ranks that did not end."""
     closest: float = 0.0
     """The largest error statistic seen, as a share of its limit."""
 
