@@ -402,8 +402,8 @@ class WeightLoader(Protocol):
         or split by rows in equal shares with rows of zeros behind the last. A tied head may be left
         out; if it is there, it is the embedding.
 
-        ``dtype`` is that of every tensor; default: that of ``config.json``. ``device``: where they
-        are. The tie is that of
+        ``rank`` of ``ranks``: whose part is loaded. ``dtype`` is that of every tensor; default: that
+        of ``config.json``. ``device``: where they are; they do not change with the files. The tie is that of
         ``tie_word_embeddings``; where the file has a head of its own all the same, that head is
         used, or the directory refused. Names of the base model (without ``model.``) are understood,
         or refused.
@@ -411,7 +411,7 @@ class WeightLoader(Protocol):
         Every weight is loaded and every tensor of the checkpoint is used. Anything else raises an
         exception that names the file and the tensor: a missing, unknown, misshapen or transposed
         tensor, a missing or truncated file, an index that does not fit the files, a tensor in two
-        files, values that are not finite; and sizes that ``ranks`` cannot split.
+        files, integers, values that are not finite; and sizes that ``ranks`` cannot split.
 
         Sources: transformers ``modeling_qwen2``, safetensors' and transformers' file formats.
         """

@@ -184,7 +184,8 @@ class QwenCase:
             "    safetensors.torch.save_file(tensors, os.path.join(directory, name), {'format': 'pt'})",
             "write = lambda n, x: open(os.path.join(directory, n), 'w').write(json.dumps(x))",
             "_ = write('config.json', config)",
-            "_ = index and write('model.safetensors.index.json', {'weight_map': index})",
+            "index_json = {'metadata': {}, 'weight_map': index}",  # transformers wants both
+            "_ = index and write('model.safetensors.index.json', index_json)",
             *[line.removeprefix("after: ") for line in saved if line.startswith("after: ")],
             f"ids = torch.randint({self.vocab}, ({self.batch}, {self.tokens}), generator=g)",
         )

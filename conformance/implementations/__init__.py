@@ -56,6 +56,26 @@ BUNDLED: dict[str, Bundled] = {
             "checkpoints by torch.load and a strict load_state_dict",
         ),
         _bundled(
+            "torch-dtensor",
+            "torch_dtensor:TorchDTensor",
+            "parallel layers by torch's parallelize_module and DTensor",
+        ),
+        _bundled(
+            "transformers-loader",
+            "transformers_loader:TransformersLoader",
+            "weights of a directory by transformers' from_pretrained",
+        ),
+        _bundled(
+            "transformers-loader-checked",
+            "transformers_loader:TransformersLoaderChecked",
+            "the same, and whatever its report names raises",
+        ),
+        _bundled(
+            "transformers-qwen2",
+            "transformers_lm:TransformersQwen2",
+            "transformers' Qwen2ForCausalLM, with its own tensor parallelism",
+        ),
+        _bundled(
             "transformers-eager",
             "transformers_attention:TransformersEager",
             "transformers' eager attention, masks, rotary embeddings and cache",

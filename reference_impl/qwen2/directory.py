@@ -55,8 +55,10 @@ def open_directory(directory: Path) -> dict[str, Weight]:
         names = sorted(path.name for path in directory.glob("*.safetensors"))
         problem = f"has {', '.join(names)}, but neither {SINGLE} nor {INDEX}"
         raise CheckpointError(str(directory), problem)
-    else:
+    elif any(directory.glob("*.bin*")):
         stored = from_transformers(directory)
+    else:
+        raise CheckpointError(str(directory), f"has neither {SINGLE} nor {INDEX}")
     return with_base_prefix(stored, directory)
 
 
@@ -83,8 +85,11 @@ def from_index(directory: Path) -> dict[str, Weight]:
     places = read_json(path).get("weight_map")
     if not isinstance(places, Mapping) or not places:
         raise CheckpointError(str(path), "is missing or empty", key="weight_map")
+    for key, name in places.items():
+        if not isinstance(name, str):
+            raise CheckpointError(str(path), f"is in {name!r}, which names no file", key=key)
     weights: dict[str, Weight] = {}
-    for name in sorted(set(map(str, places.values()))):
+    for name in sorted(set(places.values())):
         file = directory / name
         if Path(name).name != name:
             raise CheckpointError(str(path), f"names {name!r}, which is not in the directory")
