@@ -403,8 +403,8 @@ class WeightLoader(Protocol):
         out; if it is there, it is the embedding.
 
         ``rank`` of ``ranks``: whose part is loaded. ``dtype`` is that of every tensor; default: that
-        of ``config.json``. ``device``: where they are; they do not change with the files. The tie is that of
-        ``tie_word_embeddings``; where the file has a head of its own all the same, that head is
+        of ``config.json``. ``device``: where they are; they do not change with the files. The tie
+        is that of ``tie_word_embeddings``; where the file has a head of its own all the same, that head is
         used, or the directory refused. Names of the base model (without ``model.``) are understood,
         or refused.
 
@@ -443,8 +443,8 @@ class LoadedLM(Protocol):
         ``positions`` int64 [batch, tokens]
             default: the number of real tokens before each in its row.
 
-        Tokens that are not of the vocabulary, positions beyond ``max_position_embeddings`` and an
-        empty sequence raise an exception.
+        Tokens that are not of the vocabulary, positions beyond ``max_position_embeddings``, an empty
+        sequence and a mask of another shape raise an exception.
         """
 
     def cached(self, cache: Any) -> list[tuple[Tensor, Tensor]]:
@@ -464,7 +464,8 @@ class LoadedLM(Protocol):
 
         The same on every rank. ``eos``: the token, or a list of tokens, that ends a row; default:
         ``eos_token_id`` of ``generation_config.json`` or ``config.json``. The end token is kept; what
-        stands behind it is unspecified. Sampling needs a temperature above 0.
+        stands behind it is unspecified, and generation stops when every row has ended. No new tokens
+        are the prompts. Sampling needs a temperature above 0.
         """
 
 

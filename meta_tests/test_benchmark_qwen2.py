@@ -1,4 +1,4 @@
-"""The benchmark of loading a Qwen2 directory on two ranks: its bars at true size, and that they bite."""
+"""The benchmark of loading a Qwen2 directory on two ranks: bars at true size, and that they bite."""
 
 from __future__ import annotations
 

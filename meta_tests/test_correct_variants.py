@@ -26,7 +26,17 @@ BROAD = {
         "gpt_checkpoint.function.medium",
         "gpt_checkpoint.dtype.bfloat16",
     ),
+    "parallel_linear": (
+        "parallel_linear.dtype.bfloat16",
+        "parallel_linear.dtype.float16",
+        "parallel_linear.groups.independent",
+    ),
+    "weight_loader": ("weight_loader.held.coordinates", "weight_loader.dtype.as-asked"),
+    "causal_lm": ("causal_lm.function.one-rank", "causal_lm.dtype.bfloat16"),
 }
+
+EXACT = {"weight_loader"}
+"""Contracts that compute nothing, so that nothing is compared within limits."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,6 +50,9 @@ def test_there_are_variants_of_the_large_contracts():
     assert counts["attention"] >= 10
     assert counts["rotary"] >= 8
     assert counts["gpt_checkpoint"] >= 10
+    assert counts["parallel_linear"] >= 8
+    assert counts["weight_loader"] >= 8
+    assert counts["causal_lm"] >= 10
 
 
 @pytest.mark.parametrize("id", VARIANTS)
@@ -60,4 +73,4 @@ def test_variant_passes_a_hundred_random_cases(id):
             except Declined:
                 continue
         precision.append(tally.comparisons["precision"])
-    assert not precision or sum(precision) >= 10
+    assert not precision or sum(precision) >= 10 or variant.contract in EXACT

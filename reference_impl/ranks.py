@@ -136,11 +136,16 @@ class DistributedRanks(Ranks):
 
     def split(self, size: int) -> Ranks:
         """See :meth:`Ranks.split`."""
+        groups = self.groups(size)
+        if size == self.size:
+            return self
+        if size == 1:
+            return OneRank()
         members = range(self.size)
         if self.group is not None:
             members = torch.distributed.get_process_group_ranks(self.group)
         own = None
-        for group in self.groups(size):
+        for group in groups:
             made = torch.distributed.new_group([members[rank] for rank in group])
             own = made if self.rank in group else own
         return DistributedRanks(own)
