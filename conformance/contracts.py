@@ -403,10 +403,10 @@ class WeightLoader(Protocol):
         out; if it is there, it is the embedding.
 
         ``rank`` of ``ranks``: whose part is loaded. ``dtype`` is that of every tensor; default: that
-        of ``config.json``. ``device``: where they are; they do not change with the files. The tie
-        is that of ``tie_word_embeddings``; where the file has a head of its own all the same, that head is
-        used, or the directory refused. Names of the base model (without ``model.``) are understood,
-        or refused.
+        of ``config.json``. ``device``: where they are; they do not change with the files. The tie is
+        that of ``tie_word_embeddings``; where the file has a head of its own all the same, that head
+        is used, or the directory refused. Names of the base model (without ``model.``) are
+        understood, or refused.
 
         Every weight is loaded and every tensor of the checkpoint is used. Anything else raises an
         exception that names the file and the tensor: a missing, unknown, misshapen or transposed

@@ -195,8 +195,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     elif plan is not None:
         if "stop" in plan:
             session.items[:] = []
-        folder = Path(worker["conformance_plans"])
-        (folder / f"{worker['workerid']}.json").write_text(json.dumps(plan), "utf-8")
+        # Renamed when it is whole: the controller reads when another worker is ready.
+        path = Path(worker["conformance_plans"]) / f"{worker['workerid']}.json"
+        path.with_suffix(".part").write_text(json.dumps(plan), "utf-8")
+        path.with_suffix(".part").replace(path)
 
 
 @pytest.hookimpl(optionalhook=True)

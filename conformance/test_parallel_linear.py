@@ -64,7 +64,7 @@ def test_one_rank_is_the_layer_itself(parallel_linear, case):
 # Column and row
 
 
-@requirement("parallel_linear.column.own-part", source=MEGATRON, smoke=True)
+@requirement("parallel_linear.column.own-part", source=MEGATRON)
 @given(case=layer_cases("column"))
 def test_column_gives_its_part_of_the_output(parallel_linear, case):
     """Rank r has part r of the last axis of ``x Wᵀ + b``."""
@@ -182,7 +182,7 @@ def test_interleaved_gate_and_up_are_told_apart(parallel_linear, case):
     assert_layer(parallel_linear, case)
 
 
-@requirement("parallel_linear.mlp.swiglu", source="GLU variants, arXiv 2002.05202", smoke=True)
+@requirement("parallel_linear.mlp.swiglu", source="GLU variants, arXiv 2002.05202")
 @given(case=layer_cases("mlp"))
 def test_mlp_gates_by_silu_of_gate(parallel_linear, case):
     """``down(silu(gate(x)) * up(x))``, summed over the ranks once."""

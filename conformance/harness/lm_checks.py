@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.harness.communication import ready_to_count
 from conformance.harness.compare import assert_close_to, assert_identical, assert_tensor
 from conformance.harness.failures import ConformanceFailure, Inconclusive
 from conformance.harness.lm_oracle import Oracle, everything, oracle
@@ -662,6 +663,7 @@ def assert_directory_unchanged(causal_lm: Subject, case: QwenCase) -> None:
 
 def assert_two_reductions(causal_lm: Subject, case: QwenCase) -> None:
     """One more block costs two reductions and nothing else, in a prompt and in a step."""
+    ready_to_count()
     fewer, more = (1, 2) if case.seed % 2 else (2, 3)
     counts: dict[int, dict[tuple[int, str], Counter[str]]] = {}
     for layers in (fewer, more):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conformance.harness.communication import collectives
+from conformance.harness.communication import collectives, ready_to_count
 from conformance.harness.compare import assert_close_to, assert_identical, assert_tensor
 from conformance.harness.failures import ConformanceFailure, Declined, failing_at
 from conformance.harness.parallel_cases import LayerCall, LayerCase
@@ -372,6 +372,7 @@ def assert_twice(parallel_linear: Subject, case: LayerCase) -> None:
 
 def assert_communicates(parallel_linear: Subject, case: LayerCase, **expected: int) -> None:
     """A forward pass makes these collectives and no others."""
+    ready_to_count()
     call = case.call()
     for rank, each in enumerate(run(parallel_linear, call, want=("collectives",))):
         current_tally().comparisons["exact"] += 1

@@ -176,8 +176,6 @@ class RankPool:
 
     def start(self) -> None:
         """Fork the processes; they meet at a file."""
-        import torch.distributed.tensor.debug  # noqa: F401  (here once, and not in every rank)
-
         self.folder = tempfile.TemporaryDirectory(prefix="conformance-ranks-")
         self.workers = []
         for rank in range(self.ranks):
