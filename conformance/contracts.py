@@ -296,7 +296,7 @@ class GPTCheckpoint(Protocol):
 class ParallelLayer(Protocol):
     """What :meth:`ParallelLinear.parallel_linear` gives: the part of a layer that a rank holds.
 
-    ``shards`` and ``gradients`` may be missing; the requirements about them are then declined.
+    The other methods may be missing; the requirements about them are then declined.
     """
 
     def __call__(self, x: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -313,6 +313,12 @@ class ParallelLayer(Protocol):
 
         They are those of the loss with respect to the full weights, complete: equal on ranks that
         hold the same.
+        """
+
+    def reset_parameters(self) -> None:
+        """Draw the weights at random; every rank does, at once and after the same ``manual_seed``.
+
+        What several ranks hold is the same on them; what each holds alone is not the same on two.
         """
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from conformance.harness.parallel_cases import KINDS, layer_cases
 from conformance.harness.parallel_checks import (
     assert_communicates,
+    assert_drawn,
     assert_gradients,
     assert_held,
     assert_layer,
@@ -381,6 +382,15 @@ def test_vocabulary_is_held_once(parallel_linear, case):
 def test_layer_keeps_its_own_part(parallel_linear, case):
     """The layer does not change when the caller's weights do."""
     assert_own_part(parallel_linear, case)
+
+
+@requirement(
+    "parallel_linear.init.own-numbers", source="modelscope/ms-swift#7944", level="extended"
+)
+@given(case=layer_cases(LINEAR))
+def test_ranks_draw_the_parts_of_one_weight(parallel_linear, case):
+    """After one seed no two ranks draw the same block, and all draw the same for what all hold."""
+    assert_drawn(parallel_linear, case)
 
 
 # Communication

@@ -490,6 +490,14 @@ class ViewsOfTheCaller(ParallelLinear):
         return made
 
 
+@near_layer("row", "init.own-numbers")
+class BiasOfItsOwnOnEachRank(layers.RowParallelLinear):
+    """Each rank draws a bias of its own, which all hold."""
+
+    def place(self, name):
+        return self.ranks.rank, self.ranks.size
+
+
 # Communication, groups
 
 

@@ -53,7 +53,7 @@ def run_layer(
 
     With ``upstream``, gradients at the outputs of each rank, backward too. ``want`` names further
     things to do: ``shards``, ``collectives``, ``twice``, ``forget`` (the caller's weights are spoilt
-    before the layer is called).
+    before the layer is called), ``reset`` (the weights are drawn anew, after the same seed).
     """
     import torch.distributed as dist
 
@@ -87,9 +87,21 @@ def run_layer(
             torch.autograd.backward(outputs, upstream[rank])
         ran.input_gradient = x[0].grad
         ran.gradients = told(layer, "gradients")
+    if "reset" in want:
+        reset(layer)
     if "shards" in want:
         ran.shards = told(layer, "shards")
     return ran
+
+
+def reset(layer: Any) -> None:
+    """Draw the weights anew, after one seed on every rank; declined where that is not offered."""
+    method = getattr(layer, "reset_parameters", None)
+    if method is None:
+        raise Declined("the layer has no method reset_parameters")
+    torch.manual_seed(7)
+    with errors_named("reset_parameters()"):
+        method()
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:
@@ -365,6 +377,24 @@ def assert_twice(parallel_linear: Subject, case: LayerCase) -> None:
         for number, (one, two) in enumerate(zip(each.outputs, each.again)):
             because = f"output {number} of rank {rank} of a second call"
             assert_identical(two, one, call, because=because)
+
+
+def assert_drawn(parallel_linear: Subject, case: LayerCase) -> None:
+    """Weights drawn at random are alike on ranks that hold the same, and on no others."""
+    call = case.call(*coded(case))
+    ran = run(parallel_linear, call, want=("reset", "shards"))
+    for name, weight in named_weights(case, call.named("weights")).items():
+        codes = [held(case, name, weight, member) for member in range(case.size)]
+        for one in range(case.size):
+            for other in range(one + 1, case.size):
+                current_tally().comparisons["exact"] += 1
+                rows = min(len(codes[one]), len(codes[other]))
+                alike = torch.equal(ran[one].shards[name][:rows], ran[other].shards[name][:rows])
+                expected = torch.equal(codes[one], codes[other])
+                if rows and alike != expected:
+                    found = "draw the same" if alike else "draw different numbers for one"
+                    summary = f"ranks {one} and {other} {found} {name}"
+                    raise ConformanceFailure("wrong initialisation", summary, call=call)
 
 
 # Communication

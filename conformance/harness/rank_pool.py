@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -327,7 +328,11 @@ def _fork(subject: Subject, rank: int, ranks: int, folder: Path) -> Worker:
     stacks = folder / f"stack-{rank}.txt"
     sys.stdout.flush()
     sys.stderr.flush()
-    process = os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of locks that other threads may hold. Of those there are here, torch's
+        # own are not used again with one thread, and pytest-xdist's wait for messages.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = os.fork()
     if process:
         theirs.close()
         return Worker(rank, process, ours, stacks)

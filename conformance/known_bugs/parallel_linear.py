@@ -5,14 +5,24 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from conformance.known_bugs import NOT_EXPRESSIBLE, known_bug
+from conformance.known_bugs import known_bug
 from reference_impl.qwen2 import layers, sharding
 from reference_impl.qwen2.parallel_linear import ParallelLinear
 from reference_impl.ranks import DistributedRanks, OneRank, current_ranks, reduce_from_ranks
 
-NOT_EXPRESSIBLE["tp-identical-shard-init"] = (
-    "the layers of the contract are made of given weights: nothing is initialised"
+
+@known_bug(
+    "tp-identical-shard-init",
+    contract="parallel_linear",
+    breaks="parallel_linear.init.own-numbers",
 )
+class IdenticalShards(ParallelLinear):
+    """Every rank draws its part from the same seed, so that the parts are copies of one block."""
+
+    def parallel_linear(self, kind, weights, **options):
+        made = super().parallel_linear(kind, weights, **options)
+        made.place = lambda name: (0, 1)
+        return made
 
 
 class _Row(ParallelLinear):

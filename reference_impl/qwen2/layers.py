@@ -44,6 +44,20 @@ class ShardedLayer(nn.Module):
         """What this rank holds, by the weights' names."""
         return {self.NAMES.get(name, name): p.detach() for name, p in self.named_parameters()}
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every weight in full, normal with deviation 0.02, and keep this rank's part.
+
+        After the same ``torch.manual_seed`` on every rank the parts are those of one full weight.
+        """
+        for name, parameter in self.named_parameters():
+            index, count = self.place(name)
+            parameter.copy_(0.02 * torch.randn(count, *parameter.shape)[index])
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Which of how many different parts of a parameter this rank holds."""
+        return self.ranks.rank, self.ranks.size
+
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of :meth:`shards`, zeros where nothing reached them."""
         return {
@@ -115,6 +129,10 @@ class RowParallelLinear(ShardedLayer):
             return self.add_bias(self.reduce(partial))
         return self.add_bias(partial) if self.ranks.rank == 0 else partial
 
+    def place(self, name: str) -> tuple[int, int]:
+        """The bias is held in full."""
+        return (0, 1) if name == "bias" else super().place(name)
+
     def reduce(self, partial: Tensor) -> Tensor:
         """The sum over the ranks."""
         return reduce_from_ranks(partial, self.ranks)
@@ -149,6 +167,12 @@ class QKVParallelLinear(ShardedLayer):
         k = F.linear(x, self.shared(self.k_weight), self.shared(self.k_bias))
         v = F.linear(x, self.shared(self.v_weight), self.shared(self.v_bias))
         return q, k, v
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Replicas hold the same keys and values."""
+        if name.startswith("q"):
+            return super().place(name)
+        return self.ranks.rank // self.replicas.size, self.ranks.size // self.replicas.size
 
     def shared(self, weight: Tensor | None) -> Tensor | None:
         """A weight that the replicas have in common, whose gradients are summed."""
