@@ -16,8 +16,9 @@ from conformance.harness.failures import (
     Inconclusive,
 )
 from conformance.harness.rank_pool import end_pools, on_ranks
-from conformance.harness.requirement import Tally
+from conformance.harness.requirement import Tally, all_requirements
 from conformance.harness.subject import Subject, errors_named
+from conformance.implementations.reference import Reference
 
 
 @pytest.fixture(autouse=True)
@@ -215,3 +216,10 @@ def test_ranks_have_whatever_the_implementation_is_made_of():
         7,
         7,
     ]
+
+
+def test_memory_that_cases_reserved_does_not_keep_ranks_from_starting():
+    requirements = all_requirements()
+    huge = requirements["attention.memory.offsets-past-int32"]  # 180 GB that nobody touches
+    huge.check(Reference().attention)
+    assert on_ranks(subject(), 4, misbehave, "behave") == [4.0] * 4

@@ -47,3 +47,9 @@ def keep_whole_gate() -> None:
         _capacity = WHOLE_GATE
         for memo in _memos:
             memo.resize(_capacity)
+
+
+def forget_everything() -> None:
+    """Free what is kept; it is made again when it is asked for."""
+    for memo in _memos:
+        memo.cached.cache_clear()

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import faulthandler
+import gc
 import io
 import os
 import pickle
@@ -40,6 +42,7 @@ from conformance.harness.failures import (
     Inconclusive,
     NotRun,
 )
+from conformance.harness.memo import forget_everything
 from conformance.harness.requirement import current_tally
 from conformance.harness.subject import LONGEST_LINE, Subject, first_line
 
@@ -332,7 +335,7 @@ def _fork(subject: Subject, rank: int, ranks: int, folder: Path) -> Worker:
         # Python 3.12 warns of locks that other threads may hold. Of those there are here, torch's
         # own are not used again with one thread, and pytest-xdist's wait for messages.
         warnings.simplefilter("ignore", DeprecationWarning)
-        process = os.fork()
+        process = forked()
     if process:
         theirs.close()
         return Worker(rank, process, ours, stacks)
@@ -343,6 +346,18 @@ def _fork(subject: Subject, rank: int, ranks: int, folder: Path) -> Worker:
         traceback.print_exc(file=sys.__stderr__)
     finally:
         os._exit(0)
+
+
+def forked() -> int:
+    """Fork this process, whose cases may have reserved more memory than can be promised twice."""
+    try:
+        return os.fork()
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        forget_everything()
+        gc.collect()
+        return os.fork()
 
 
 def _serve(
