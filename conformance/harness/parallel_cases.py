@@ -7,7 +7,7 @@ group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from hypothesis import strategies as st
@@ -100,10 +100,6 @@ class LayerCase:
     def vocab_rows(self) -> int:
         """Vocabulary rows of a rank, padding included."""
         return -(-self.width_out // self.size)
-
-    def with_dtype(self, dtype: torch.dtype) -> LayerCase:
-        """The same case in another dtype."""
-        return replace(self, dtype=dtype)
 
     def weight_lines(self) -> list[str]:
         """Python that makes ``weights``."""

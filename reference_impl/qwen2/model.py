@@ -14,8 +14,7 @@ Sources: transformers ``models/qwen2``; Qwen2 (arXiv 2407.10671).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -267,8 +266,3 @@ load_shards` gives them; the head may be left out where it is tied.
 def under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights below a prefix, without it."""
     return {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
-
-
-def with_ranks(config: Qwen2Config, **changes: Any) -> Qwen2Config:
-    """The configuration with some sizes changed."""
-    return replace(config, **changes)
