@@ -5,6 +5,7 @@ Nothing is read but headers until a tensor, or a part of one, is asked for.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,10 @@ def from_index(directory: Path) -> dict[str, Weight]:
     return weights
 
 
+_LOADING = threading.Lock()
+"""transformers replaces functions of its own while it loads: two threads would leave them replaced."""
+
+
 def from_transformers(directory: Path) -> dict[str, Weight]:
     """The weights of a directory in another format, loaded whole by transformers.
 
@@ -117,9 +122,10 @@ def from_transformers(directory: Path) -> dict[str, Weight]:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            directory, output_loading_info=True, local_files_only=True, dtype="auto"
-        )
+        with _LOADING:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory, output_loading_info=True, local_files_only=True, dtype="auto"
+            )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(str(directory), f"cannot be loaded: {reason}") from error
