@@ -25,7 +25,7 @@ from reference_impl.gpt.config import (
 )
 
 FORMATS = ("small", "medium")
-LAYERS = {"small": (8, 12, 6, 10), "medium": (12, 16, 8)}
+LAYERS = {"small": (8, 12, 6, 10), "medium": (12, 16, 8, 8)}
 SHALLOW = {"small": (8, 6), "medium": (8,)}
 """Depths for requirements that run a model many times and that no skip of the medium one concerns."""
 HEADS = ((2, 16), (3, 8), (3, 12), (2, 8))

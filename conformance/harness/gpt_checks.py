@@ -76,11 +76,20 @@ def assert_function(
             raise
 
 
-def assert_loads(gpt_checkpoint: Subject, case: GPTCase, *edits: str, **options: Any) -> Loaded:
-    """The checkpoint loads, and the model has the oracle's function; gives the model."""
+def assert_loads(
+    gpt_checkpoint: Subject,
+    case: GPTCase,
+    *edits: str,
+    outputs: tuple[str, ...] | None = None,
+    **options: Any,
+) -> Loaded:
+    """The checkpoint loads, and the model has the oracle's function; gives the model.
+
+    ``outputs``: what is compared; default: features or logits, by the case's seed.
+    """
     call = case.call(*edits, device=gpt_checkpoint.device, **options)
     loaded = load(gpt_checkpoint, call)
-    assert_function(loaded)
+    assert_function(loaded, outputs=outputs or one_output(case))
     return loaded
 
 
