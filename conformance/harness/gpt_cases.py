@@ -199,34 +199,37 @@ def gpt_cases(
     depths: Mapping[str, tuple[int, ...]] = LAYERS, **fixed: Any
 ) -> SearchStrategy[GPTCase]:
     """Cases of either format; a strategy or a value fixes a field, ``depths`` says how many blocks."""
+    return _gpt_cases(depths, fixed)
 
-    @st.composite
-    def draw_case(draw: st.DrawFn) -> GPTCase:
-        given = {name: draw(as_strategy(value)) for name, value in fixed.items()}
-        format = given.setdefault("format", draw(st.sampled_from(FORMATS)))
-        if "heads" not in given:
-            given["heads"], head_dim = draw(st.sampled_from(HEADS))
-            given.setdefault("head_dim", head_dim)
-            may_be_128 = format == "small" or given.get("layers", 16) == 16
-            if draw(st.integers(0, 7)) == 7 and may_be_128 and "head_dim" not in fixed:
-                given["heads"], given["head_dim"] = 1, None
-        if given.get("head_dim", 0) is None:
-            given.setdefault("layers", 16 if format == "medium" else 6)
-        choices = {
-            "layers": st.sampled_from(depths[format]),
-            "vocab": st.integers(20, 60),
-            "batch": st.integers(2, 4),
-            "tokens": st.integers(5, 19),
-            "seed": st.integers(0, 2**16),
-            "world": st.sampled_from(WORLDS),
-            "stored": st.sampled_from(["float32", "float32", "as-trained"]),
-            "container": st.sampled_from(CONTAINERS),
-            "wrapped": st.sampled_from(["_orig_mod.", ""]),
-        }
-        drawn = {name: draw(choice) for name, choice in choices.items() if name not in given}
-        return GPTCase(**given, **drawn)
 
-    return draw_case()
+@st.composite
+def _gpt_cases(
+    draw: st.DrawFn, depths: Mapping[str, tuple[int, ...]], fixed: Mapping[str, Any]
+) -> GPTCase:
+    """Composed once: to define a strategy takes longer than to draw from it."""
+    given = {name: draw(as_strategy(value)) for name, value in fixed.items()}
+    format = given.setdefault("format", draw(st.sampled_from(FORMATS)))
+    if "heads" not in given:
+        given["heads"], head_dim = draw(st.sampled_from(HEADS))
+        given.setdefault("head_dim", head_dim)
+        may_be_128 = format == "small" or given.get("layers", 16) == 16
+        if draw(st.integers(0, 7)) == 7 and may_be_128 and "head_dim" not in fixed:
+            given["heads"], given["head_dim"] = 1, None
+    if given.get("head_dim", 0) is None:
+        given.setdefault("layers", 16 if format == "medium" else 6)
+    choices = {
+        "layers": st.sampled_from(depths[format]),
+        "vocab": st.integers(20, 60),
+        "batch": st.integers(2, 4),
+        "tokens": st.integers(5, 19),
+        "seed": st.integers(0, 2**16),
+        "world": st.sampled_from(WORLDS),
+        "stored": st.sampled_from(["float32", "float32", "as-trained"]),
+        "container": st.sampled_from(CONTAINERS),
+        "wrapped": st.sampled_from(["_orig_mod.", ""]),
+    }
+    drawn = {name: draw(choice) for name, choice in choices.items() if name not in given}
+    return GPTCase(**given, **drawn)
 
 
 def as_strategy(value: Any) -> SearchStrategy[Any]:

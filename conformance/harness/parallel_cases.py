@@ -7,6 +7,7 @@ group.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -226,31 +227,34 @@ class LayerCall(Call):
 
 def layer_cases(kind: str | SearchStrategy[str], **fixed: object) -> SearchStrategy[LayerCase]:
     """Cases of a kind of layer on several ranks; a strategy or a value fixes a field."""
+    return _layer_cases(kind, fixed)
 
-    @st.composite
-    def draw_case(draw: st.DrawFn) -> LayerCase:
-        given = {name: draw(as_strategy(value)) for name, value in fixed.items()}
-        given["kind"] = draw(as_strategy(kind))
-        ranks = given.setdefault("ranks", draw(st.sampled_from(WORLDS)))
-        size = given.get("group_size") or ranks
-        if given["kind"] == "qkv":
-            fitting = [shape for shape in HEADS if fits(shape[0], shape[1], size)]
-            shape = draw(st.sampled_from(fitting))
-            for name, value in zip(("heads", "kv_heads", "head_dim"), shape):
-                given.setdefault(name, value)
-        vocabulary = given["kind"] in ("embedding", "head", "cross_entropy")
-        choices = {
-            "width_in": st.integers(3, 8).map(lambda n: n * size),
-            "width_out": st.integers(29, 53)
-            if vocabulary
-            else st.integers(4, 9).map(lambda n: n * size),
-            "leading": st.just((9,)) if given["kind"] == "cross_entropy" else LEADING,
-            "seed": st.integers(0, 2**16),
-        }
-        drawn = {name: draw(choice) for name, choice in choices.items() if name not in given}
-        return LayerCase(**given, **drawn)
 
-    return draw_case()
+@st.composite
+def _layer_cases(
+    draw: st.DrawFn, kind: str | SearchStrategy[str], fixed: Mapping[str, object]
+) -> LayerCase:
+    """Composed once: to define a strategy takes longer than to draw from it."""
+    given = {name: draw(as_strategy(value)) for name, value in fixed.items()}
+    given["kind"] = draw(as_strategy(kind))
+    ranks = given.setdefault("ranks", draw(st.sampled_from(WORLDS)))
+    size = given.get("group_size") or ranks
+    if given["kind"] == "qkv":
+        fitting = [shape for shape in HEADS if fits(shape[0], shape[1], size)]
+        shape = draw(st.sampled_from(fitting))
+        for name, value in zip(("heads", "kv_heads", "head_dim"), shape):
+            given.setdefault(name, value)
+    vocabulary = given["kind"] in ("embedding", "head", "cross_entropy")
+    choices = {
+        "width_in": st.integers(3, 8).map(lambda n: n * size),
+        "width_out": st.integers(29, 53)
+        if vocabulary
+        else st.integers(4, 9).map(lambda n: n * size),
+        "leading": st.just((9,)) if given["kind"] == "cross_entropy" else LEADING,
+        "seed": st.integers(0, 2**16),
+    }
+    drawn = {name: draw(choice) for name, choice in choices.items() if name not in given}
+    return LayerCase(**given, **drawn)
 
 
 LEADING = st.sampled_from([(2, 5), (3, 4), (5, 3)])

@@ -221,34 +221,40 @@ def qwen_cases(
     ranks: tuple[int, ...] = RANKS, heads: tuple[tuple[int, int, int], ...] = HEADS, **fixed: Any
 ) -> SearchStrategy[QwenCase]:
     """Cases of any shape that fits one of ``ranks``; a strategy or a value fixes a field."""
+    return _qwen_cases(ranks, heads, fixed)
 
-    @st.composite
-    def draw_case(draw: st.DrawFn) -> QwenCase:
-        given = {name: draw(as_strategy(value)) for name, value in fixed.items()}
-        number = given.setdefault("ranks", draw(st.sampled_from(ranks)))
-        fitting = [shape for shape in heads if fits(shape[0], shape[1], number)]
-        shape = draw(st.sampled_from(fitting))
-        for name, value in zip(("heads", "kv_heads", "head_dim"), shape):
-            given.setdefault(name, value)
-        inner = [size for size in INTERMEDIATE if size % number == 0]
-        widths = [size for size in HIDDEN if size != given["heads"] * given["head_dim"]]
-        choices = {
-            "hidden": st.sampled_from(widths),
-            "intermediate": st.sampled_from(inner),
-            "vocab": st.sampled_from([101, 97, 113]),
-            "layers": st.sampled_from([2, 3, 1]),
-            "tied": st.booleans(),
-            "batch": st.integers(2, 3),
-            "tokens": st.sampled_from([9, 5, 7, 11]),
-            "seed": st.integers(0, 2**16),
-            "files": st.sampled_from([1, 1, 3]),
-            "theta": st.sampled_from([1e6, 5e5, 3e4]),
-            "theta_at": st.sampled_from(["rope_parameters", "top"]),
-        }
-        drawn = {name: draw(choice) for name, choice in choices.items() if name not in given}
-        return QwenCase(**given, **drawn)
 
-    return draw_case()
+@st.composite
+def _qwen_cases(
+    draw: st.DrawFn,
+    ranks: tuple[int, ...],
+    heads: tuple[tuple[int, int, int], ...],
+    fixed: Mapping[str, Any],
+) -> QwenCase:
+    """Composed once: to define a strategy takes longer than to draw from it."""
+    given = {name: draw(as_strategy(value)) for name, value in fixed.items()}
+    number = given.setdefault("ranks", draw(st.sampled_from(ranks)))
+    fitting = [shape for shape in heads if fits(shape[0], shape[1], number)]
+    shape = draw(st.sampled_from(fitting))
+    for name, value in zip(("heads", "kv_heads", "head_dim"), shape):
+        given.setdefault(name, value)
+    inner = [size for size in INTERMEDIATE if size % number == 0]
+    widths = [size for size in HIDDEN if size != given["heads"] * given["head_dim"]]
+    choices = {
+        "hidden": st.sampled_from(widths),
+        "intermediate": st.sampled_from(inner),
+        "vocab": st.sampled_from([101, 97, 113]),
+        "layers": st.sampled_from([2, 3, 1]),
+        "tied": st.booleans(),
+        "batch": st.integers(2, 3),
+        "tokens": st.sampled_from([9, 5, 7, 11]),
+        "seed": st.integers(0, 2**16),
+        "files": st.sampled_from([1, 1, 3]),
+        "theta": st.sampled_from([1e6, 5e5, 3e4]),
+        "theta_at": st.sampled_from(["rope_parameters", "top"]),
+    }
+    drawn = {name: draw(choice) for name, choice in choices.items() if name not in given}
+    return QwenCase(**given, **drawn)
 
 
 def as_strategy(value: Any) -> SearchStrategy[Any]:
