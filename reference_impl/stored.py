@@ -81,7 +81,7 @@ class UnchangedFile:
         return cls(path, identity_of(os.stat(path)))
 
     @contextmanager
-    def at(self, offset: int, key: str) -> Iterator[BinaryIO]:
+    def at(self, offset: int, key: str | None = None) -> Iterator[BinaryIO]:
         """The open file at a place; raises :class:`CheckpointError` if it is another by now."""
         try:
             with self.path.open("rb") as file:

@@ -114,13 +114,14 @@ EMPTY = Place(0, 0, 0)
 def data_places(file: UnchangedFile, records: list[zipfile.ZipInfo]) -> list[Place]:
     """The places of the tensors' records that are not empty, from the first in the file on."""
     places = []
-    for record in records:
-        if not record.file_size or "/data/" not in record.filename:
-            continue
-        with file.at(record.header_offset + 26, record.filename) as opened:
+    with file.at(0) as opened:
+        for record in records:
+            if not record.file_size or "/data/" not in record.filename:
+                continue
+            opened.seek(record.header_offset + 26)
             name, extra = (int.from_bytes(opened.read(2), "little") for _ in range(2))
-        offset = record.header_offset + 30 + name + extra
-        places.append(Place(offset, record.file_size, record.CRC))
+            offset = record.header_offset + 30 + name + extra
+            places.append(Place(offset, record.file_size, record.CRC))
     return sorted(places, key=lambda place: place.offset)
 
 

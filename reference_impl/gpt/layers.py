@@ -8,13 +8,14 @@ Axes in tensor names::
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from reference_impl.gpt.config import VALUE_EMBEDDINGS, Format
-from reference_impl.rotary import rotary
+from reference_impl.rotary import Rotary, half_truncated_frequencies
 
 ATTENTION_SCALE = 0.12
 """Factor on the dot products of queries and keys, whatever the head width."""
@@ -32,8 +33,21 @@ def norm(x: Tensor) -> Tensor:
 
 def rotate(x_BHTD: Tensor) -> Tensor:
     """Half-truncated rotary embedding, where a token's position is its index."""
-    positions_1T = torch.arange(x_BHTD.shape[2], device=x_BHTD.device)[None]
-    return rotary(x_BHTD, positions_1T, theta=ROTARY_BASE, layout="half-truncated")
+    length, head_dim = x_BHTD.shape[2:]
+    cos_11TP, sin_11TP = rotation_tables(length, head_dim, x_BHTD.dtype, x_BHTD.device)
+    return Rotary().rotate(x_BHTD, cos_11TP, sin_11TP, "half-truncated")
+
+
+@lru_cache(maxsize=4)
+def rotation_tables(
+    length: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [1, 1, T, P] of the first positions; kept, since all blocks of a model need them."""
+    with torch.inference_mode(False):  # so that a call that records gradients can use them too
+        positions_1T = torch.arange(length, device=device)[None]
+        frequencies_P = half_truncated_frequencies(head_dim, ROTARY_BASE).to(device)
+        x = torch.empty(0, dtype=dtype, device=device)
+        return Rotary().tables(x, positions_1T, frequencies_P, 1.0)
 
 
 def relu_squared(x: Tensor) -> Tensor:
