@@ -46,6 +46,13 @@ class Ranks(ABC):
         """The tensors of all ranks in rank order; they have one shape and dtype. New tensors."""
 
     @abstractmethod
+    def gather_into(self, whole: Tensor, part: Tensor) -> None:
+        """Write the equal parts of all ranks to ``whole``, one behind the other; both are flat.
+
+        ``part`` may be this rank's place in ``whole``.
+        """
+
+    @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, a new tensor in the dtype of ``x``."""
 
@@ -72,6 +79,12 @@ class Ranks(ABC):
         return [range(start, start + size) for start in range(0, self.size, size)]
 
 
+def put(part: Tensor, place: Tensor) -> None:
+    """Copy ``part`` to ``place``, unless it is there."""
+    if place.data_ptr() != part.data_ptr():
+        place.copy_(part)
+
+
 class OneRank(Ranks):
     """A single rank: nothing is communicated."""
 
@@ -85,6 +98,10 @@ class OneRank(Ranks):
     def gather(self, x: Tensor) -> list[Tensor]:
         """See :meth:`Ranks.gather`."""
         return [x.clone()]
+
+    def gather_into(self, whole: Tensor, part: Tensor) -> None:
+        """See :meth:`Ranks.gather_into`."""
+        put(part, whole)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See :meth:`Ranks.all_reduce`."""
@@ -121,6 +138,11 @@ class DistributedRanks(Ranks):
         parts = [torch.empty_like(x) for _ in range(self.size)]
         torch.distributed.all_gather(parts, x, group=self.group)
         return parts
+
+    def gather_into(self, whole: Tensor, part: Tensor) -> None:
+        """See :meth:`Ranks.gather_into`."""
+        if whole.numel():
+            torch.distributed.all_gather_into_tensor(whole, part, group=self.group)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See :meth:`Ranks.all_reduce`."""
@@ -198,6 +220,12 @@ class ThreadRanks(Ranks):
     def gather(self, x: Tensor) -> list[Tensor]:
         """See :meth:`Ranks.gather`."""
         return [part.clone() for part in self.exchange(x.detach().clone())]
+
+    def gather_into(self, whole: Tensor, part: Tensor) -> None:
+        """See :meth:`Ranks.gather_into`."""
+        for place, other in zip(whole.chunk(self.size), self.exchange(part)):
+            put(other, place)
+        self.exchange(None)  # nobody changes its part before all have read it
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See :meth:`Ranks.all_reduce`."""
