@@ -9,6 +9,7 @@
 ``resharding``  shards of one number of ranks from those of another, in memory
 ``safe_load``   every element counted by name
 ``checkpoint``  one file a rank, read by any number of ranks
+``state_dict``  whole tensors by name, the other format of checkpoints
 
 Source: ServiceNow/Fast-LLM, ``engine/multi_stage`` and ``engine/checkpoint``.
 """

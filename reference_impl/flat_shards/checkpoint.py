@@ -7,6 +7,9 @@ directory holds the checkpoint before it or the one after it.
 
 Loading takes parameters by name. It reads the elements that this rank holds and no others, counts
 them, and changes the model only when every rank has all of its elements.
+
+Whole tensors by name are the other format, see :mod:`reference_impl.flat_shards.state_dict`; both are
+written alike and loaded by the same :func:`load`.
 """
 
 from __future__ import annotations
@@ -35,12 +38,16 @@ from reference_impl.safetensors_files import DTYPES
 from reference_impl.stored import CheckpointError
 
 FORMAT = "flat_shards"
+STATE_FORMAT = "flat_shards_state"
 METADATA = "metadata.yaml"
-RANK_FILE = re.compile(r"rank_(\d+)(?:-(\d+))?\.safetensors")
-"""Number of the rank, and of the save if the directory was saved to before."""
+OWN_FILE = re.compile(r"(?:rank|model)_(\d+)(?:-(\d+))?\.safetensors")
+"""Number of the file, and of the save if the directory was saved to before."""
+# The pure-Python parser takes longer over the metadata of a small model than loading does.
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+YAML_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
-
-# Saving
+Fresh = dict[str, dict[str, Tensor]]
+"""New shards by unit and shard name."""
 
 
 def save(model: MultiStageModel, directory: str | Path, values: Mapping[str, Any]) -> None:
@@ -49,33 +56,18 @@ def save(model: MultiStageModel, directory: str | Path, values: Mapping[str, Any
     ``values`` are plain values that :func:`load` gives back. ``directory`` may hold a checkpoint,
     which is replaced.
     """
-    model._need_weights()
-    directory = Path(directory)
-    number, error = 0, None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        number = next_number(directory)
-    except OSError as problem:
-        error = unwritable(directory, problem)
-    agree_everywhere(model, error)
-    number = model.tensor.exchange(model.ranks.exchange(number)[0])[0]
-    try:
-        write_rank(model, directory / file_name(global_rank(model), number))
-    except (OSError, SafetensorError) as problem:
-        error = unwritable(directory, problem)
-    agree_everywhere(model, error)
-    if global_rank(model) == 0:
-        try:
-            write_metadata(directory, metadata_of(model, number, values))
-            remove_old_files(directory, number)
-        except OSError as problem:
-            error = unwritable(directory, problem)
-    agree_everywhere(model, error)
+    Writer(model, directory).save(values)
 
 
-def unwritable(directory: Path, problem: Exception) -> CheckpointError:
-    """What is raised on every rank when one cannot write."""
-    return CheckpointError(str(directory), f"cannot be written: {problem}")
+def load(model: MultiStageModel, directory: str | Path) -> dict[str, Any]:
+    """Read a checkpoint into the shards, and give the plain values that were saved. Collective.
+
+    The checkpoint may be of other numbers of ranks and in either format, and other parameters may
+    have been frozen: the optimizer state of a parameter that was is zero. A model without optimizer
+    state takes the weights. Gradients are forgotten. Raises :class:`CheckpointError`, on every rank,
+    for anything that does not fit, and the model is as it was.
+    """
+    return Reader(model, directory).load()
 
 
 def global_rank(model: MultiStageModel) -> int:
@@ -92,22 +84,83 @@ def agree_everywhere(model: MultiStageModel, error: Exception | None) -> None:
     agree(model.tensor, error)
 
 
+# Saving
+
+
+class Writer:
+    """Writes one checkpoint of a model."""
+
+    def __init__(self, model: MultiStageModel, directory: str | Path) -> None:
+        self.model = model
+        self.directory = Path(directory)
+
+    def save(self, values: Mapping[str, Any]) -> None:
+        """See :func:`save`."""
+        self.model._need_weights()
+        number = self.on_all_ranks(self.prepare) or 0
+        number = self.model.tensor.exchange(self.model.ranks.exchange(number)[0])[0]
+        self.on_all_ranks(self.write, number)
+        self.on_all_ranks(self.finish, number, values)
+
+    def on_all_ranks(self, step: Any, *arguments: Any) -> Any:
+        """What a step gives; raises on every rank if it cannot write on any."""
+        result, error = None, None
+        try:
+            result = step(*arguments)
+        except (OSError, SafetensorError) as problem:
+            error = CheckpointError(str(self.directory), f"cannot be written: {problem}")
+        agree_everywhere(self.model, error)
+        return result
+
+    def prepare(self) -> int:
+        """Make the directory; a number that no file of an earlier save in it has."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return next_number(self.directory)
+
+    def write(self, number: int) -> None:
+        """Write this rank's file."""
+        rank = global_rank(self.model)
+        path = self.directory / file_name(rank, number)
+        save_file(self.tensors(), path, metadata={"rank": str(rank)})
+        flush(path)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What this rank's file holds."""
+        names = self.model.state_shard_names
+        return {f"{name}_shard": self.model.get_shard(name) for name in names}
+
+    def finish(self, number: int, values: Mapping[str, Any]) -> None:
+        """On the first rank: put the metadata in place, and remove what it does not name."""
+        if global_rank(self.model) == 0:
+            write_metadata(self.directory, self.metadata(number, values))
+            remove_old_files(self.directory, number)
+
+    def metadata(self, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``metadata.yaml`` says."""
+        model = self.model
+        ranks, tensor_ranks = model.ranks.size, model.tensor.size
+        return {
+            "format": FORMAT,
+            "ranks": ranks,
+            "tensor_ranks": tensor_ranks,
+            "dtype": str(model.get_shard(ShardName.weights).dtype).removeprefix("torch."),
+            "shards": list(model.state_shard_names),
+            "files": [file_name(rank, number) for rank in range(ranks * tensor_ranks)],
+            "units": [unit_metadata(unit) for unit in model.units],
+            "tied": dict(model.tied),
+            "values": dict(values),
+        }
+
+
 def next_number(directory: Path) -> int:
     """A number that no file of an earlier save has."""
-    found = [RANK_FILE.fullmatch(path.name) for path in directory.iterdir()]
+    found = [OWN_FILE.fullmatch(path.name) for path in directory.iterdir()]
     return max((int(match[2] or 0) + 1 for match in found if match), default=0)
 
 
-def file_name(rank: int, number: int) -> str:
-    """The name of a rank's file; plain in a directory that holds no earlier save."""
-    return f"rank_{rank}-{number}.safetensors" if number else f"rank_{rank}.safetensors"
-
-
-def write_rank(model: MultiStageModel, path: Path) -> None:
-    """Write this rank's shards."""
-    shards = {f"{name}_shard": model.get_shard(name) for name in model.state_shard_names}
-    save_file(shards, path)
-    flush(path)
+def file_name(index: int, number: int, kind: str = "rank") -> str:
+    """The name of a file of a save; plain in a directory that holds no earlier one."""
+    return f"{kind}_{index}-{number}.safetensors" if number else f"{kind}_{index}.safetensors"
 
 
 def flush(path: Path) -> None:
@@ -119,22 +172,6 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def metadata_of(model: MultiStageModel, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``metadata.yaml`` says."""
-    ranks, tensor_ranks = model.ranks.size, model.tensor.size
-    return {
-        "format": FORMAT,
-        "ranks": ranks,
-        "tensor_ranks": tensor_ranks,
-        "dtype": str(model.get_shard(ShardName.weights).dtype).removeprefix("torch."),
-        "shards": list(model.state_shard_names),
-        "files": [file_name(rank, number) for rank in range(ranks * tensor_ranks)],
-        "units": [unit_metadata(unit) for unit in model.units],
-        "tied": dict(model.tied),
-        "values": dict(values),
-    }
-
-
 def unit_metadata(unit: FlatUnit) -> dict[str, Any]:
     """How the parameters of a unit lie in its shard."""
     parameters = [asdict(p) | {"shape": list(p.shape)} for p in unit.layout.parameters]
@@ -142,9 +179,13 @@ def unit_metadata(unit: FlatUnit) -> dict[str, Any]:
 
 
 def write_metadata(directory: Path, metadata: Mapping[str, Any]) -> None:
-    """Put the metadata in place, in one step: from here on the new checkpoint is the one."""
+    """Put the metadata in place, in one step: from here on the new checkpoint is the one.
+
+    Its last line tells it from a file that was cut off behind a whole line.
+    """
     fresh = directory / f"{METADATA}.new"
-    fresh.write_text(yaml.safe_dump(dict(metadata), sort_keys=False))
+    text = yaml.dump(dict(metadata) | {"complete": True}, Dumper=YAML_DUMPER, sort_keys=False)
+    fresh.write_text(text)
     flush(fresh)
     fresh.replace(directory / METADATA)
     flush(directory)
@@ -153,7 +194,7 @@ def write_metadata(directory: Path, metadata: Mapping[str, Any]) -> None:
 def remove_old_files(directory: Path, number: int) -> None:
     """Remove the files of other saves, finished or not."""
     for path in directory.iterdir():
-        match = RANK_FILE.fullmatch(path.name)
+        match = OWN_FILE.fullmatch(path.name)
         if match and int(match[2] or 0) != number:
             path.unlink(missing_ok=True)
 
@@ -181,69 +222,111 @@ class StoredShards:
     files: tuple[Path, ...]
 
     @classmethod
-    def open(cls, directory: str | Path) -> StoredShards:
-        """Read metadata and headers. Raises :class:`CheckpointError` for anything that does not fit."""
-        directory = Path(directory)
-        metadata = read_metadata(directory / METADATA)
-        ranks, tensor_ranks = metadata["ranks"], metadata["tensor_ranks"]
-        if len(metadata["files"]) != ranks * tensor_ranks:
-            problem = f"names {len(metadata['files'])} files, expected {ranks * tensor_ranks}"
-            raise CheckpointError(str(directory / METADATA), problem)
-        lengths = dict.fromkeys(metadata["shards"], 0)
-        units = []
-        for entry in metadata["units"]:
-            parameters = tuple(
-                ParameterMeta(**(fields | {"shape": tuple(fields["shape"])}))
-                for fields in entry["parameters"]
+    def open(cls, directory: Path, metadata: Mapping[str, Any]) -> StoredShards:
+        """Read headers. Raises :class:`CheckpointError` for anything that does not fit."""
+        path = directory / METADATA
+        expected = metadata["ranks"] * metadata["tensor_ranks"]
+        if len(metadata["files"]) != expected:
+            raise CheckpointError(
+                str(path), f"names {len(metadata['files'])} files, expected {expected}"
             )
-            layout = FlatLayout(parameters, ranks, tensor_ranks)
-            own = [n for n in lengths if entry["trainable"] or n == ShardName.weights]
-            units.append(StoredUnit(layout, entry["trainable"], {n: lengths[n] for n in own}))
-            for name in own:
-                lengths[name] += layout.shard_size
-        files = tuple(directory / name for name in metadata["files"])
-        for path in files:
-            check_header(path, lengths, metadata["dtype"])
-        return cls(directory, metadata, tuple(units), files)
+        lengths = dict.fromkeys(metadata["shards"], 0)
+        try:
+            units = stored_units(metadata, lengths)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise CheckpointError(str(path), f"is damaged: {error!r}", key="units") from error
+        files = tuple(file_in(directory, name) for name in metadata["files"])
+        for rank, file in enumerate(files):
+            check_header(file, rank, lengths, metadata["dtype"])
+        return cls(directory, metadata, units, files)
 
     def parameters(self) -> dict[str, ParameterMeta]:
         """Every parameter of the checkpoint."""
         return {p.name: p for unit in self.units for p in unit.layout.parameters}
 
 
+def stored_units(metadata: Mapping[str, Any], lengths: dict[str, int]) -> tuple[StoredUnit, ...]:
+    """The units of a checkpoint; ``lengths`` of shards are counted up."""
+    units = []
+    for entry in metadata["units"]:
+        parameters = tuple(
+            ParameterMeta(**(fields | {"shape": tuple(fields["shape"])}))
+            for fields in entry["parameters"]
+        )
+        layout = FlatLayout(parameters, metadata["ranks"], metadata["tensor_ranks"])
+        own = [name for name in lengths if entry["trainable"] or name == ShardName.weights]
+        units.append(StoredUnit(layout, entry["trainable"], {n: lengths[n] for n in own}))
+        for name in own:
+            lengths[name] += layout.shard_size
+    return tuple(units)
+
+
+def file_in(directory: Path, name: Any) -> Path:
+    """A file of the directory itself; raises :class:`CheckpointError` for any other."""
+    if not isinstance(name, str) or not OWN_FILE.fullmatch(name):
+        raise CheckpointError(str(directory / METADATA), f"names a file {name!r}")
+    return directory / name
+
+
+KEYS: dict[str, dict[str, type]] = {
+    FORMAT: {"ranks": int, "tensor_ranks": int, "dtype": str, "files": list, "units": list},
+    STATE_FORMAT: {"state_index": dict, "frozen": list},
+}
+"""What the metadata of a format has besides what both have."""
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata; raises :class:`CheckpointError` for a file that is missing or another's."""
     try:
-        metadata = yaml.safe_load(path.read_text())
+        metadata = yaml.load(path.read_text(), YAML_LOADER)
     except OSError as error:
         raise CheckpointError(str(path), f"cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(str(path), "is no YAML") from error
-    wanted = {"ranks": int, "tensor_ranks": int, "dtype": str, "shards": list, "files": list}
-    wanted |= {"units": list, "values": dict, "tied": dict}
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise CheckpointError(str(path), f"is not the metadata of {FORMAT}")
+    if not isinstance(metadata, dict) or metadata.get("format") not in KEYS:
+        raise CheckpointError(str(path), f"is not the metadata of {' or '.join(KEYS)}")
+    wanted = {"shards": list, "values": dict, "tied": dict} | KEYS[metadata["format"]]
     for key, kind in wanted.items():
         if not isinstance(metadata.get(key), kind):
             raise CheckpointError(str(path), f"expected {kind.__name__}", key=key)
+    if metadata.get("complete") is not True:
+        raise CheckpointError(str(path), "is truncated: its last line is missing")
     return metadata
 
 
-def check_header(path: Path, lengths: Mapping[str, int], dtype: str) -> None:
-    """Raise :class:`CheckpointError` unless a rank's file holds the shards and nothing else."""
-    expected = {f"{name}_shard": length for name, length in lengths.items()}
+Header = dict[str, tuple[list[int], str]]
+"""Shape and dtype of each tensor of a file."""
+
+
+def read_header(path: Path) -> tuple[Header, dict[str, str]]:
+    """The header of a file, and its own metadata; raises :class:`CheckpointError`."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            found = {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+            header = {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+            return header, dict(file.metadata() or {})
     except FileNotFoundError as error:
         raise CheckpointError(str(path), "is missing") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(str(path), f"is truncated or damaged: {error}") from error
-    for key in expected.keys() - found.keys():
+
+
+def check_keys(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise :class:`CheckpointError` that names a key that is missing or unknown."""
+    for key in sorted(expected.keys() - found.keys()):
         raise CheckpointError(str(path), "is missing", key=key)
-    for key in found.keys() - expected.keys():
+    for key in sorted(found.keys() - expected.keys()):
         raise CheckpointError(str(path), "is unknown", key=key)
+
+
+def check_header(path: Path, rank: int, lengths: Mapping[str, int], dtype: str) -> None:
+    """Raise :class:`CheckpointError` unless a rank's file holds its shards and nothing else."""
+    expected = {f"{name}_shard": length for name, length in lengths.items()}
+    found, own = read_header(path)
+    if own.get("rank") != str(rank):
+        problem = f"is the file of rank {own.get('rank', 'unknown')}, expected {rank}"
+        raise CheckpointError(str(path), problem)
+    check_keys(path, found, expected)
     for key, (shape, stored) in found.items():
         if shape != [expected[key]]:
             problem = f"has shape {shape}, expected {[expected[key]]}"
@@ -252,106 +335,134 @@ def check_header(path: Path, lengths: Mapping[str, int], dtype: str) -> None:
             raise CheckpointError(str(path), f"has dtype {stored}, expected {dtype}", key=key)
 
 
+def check_finite(part: Tensor, path: Path, key: str, name: str) -> Tensor:
+    """``part``; raises :class:`CheckpointError` if one of its elements is not finite."""
+    if not bool(part.isfinite().all()):
+        number = int((~part.isfinite()).sum())
+        problem = f"{number} elements of {name} are not finite"
+        raise CheckpointError(str(path), problem, key=key)
+    return part
+
+
 # Loading
 
 
-def load(model: MultiStageModel, directory: str | Path) -> dict[str, Any]:
-    """Read a checkpoint into the shards, and give the plain values that were saved. Collective.
+class Reader:
+    """Loads a checkpoint into a model."""
 
-    The checkpoint may be of other numbers of ranks, and other parameters may have been frozen: the
-    optimizer state of a parameter that was is zero. Raises :class:`CheckpointError`, on every rank,
-    for anything that does not fit, and the model is as it was.
-    """
-    error, stored, fresh = None, None, {}
-    try:
-        stored = StoredShards.open(directory)
-        check_fits(model, stored)
-        fresh = read_shards(model, stored)
-    except Exception as problem:
-        error = problem
-    agree_everywhere(model, error)
-    for unit in model.units:
-        for shard_name, shard in fresh[unit.name].items():
-            unit.shards[shard_name].copy_(shard)
-    model.usable = True
-    model.invalidate_buffers()
-    return dict(stored.metadata["values"])
+    def __init__(self, model: MultiStageModel, directory: str | Path) -> None:
+        self.model = model
+        self.directory = Path(directory)
 
+    def load(self) -> dict[str, Any]:
+        """See :func:`load`."""
+        error, metadata, fresh = None, {}, {}
+        try:
+            metadata = read_metadata(self.directory / METADATA)
+            self.check_shards(metadata)
+            fresh = self.read(metadata)
+        except Exception as problem:
+            error = problem
+        agree_everywhere(self.model, error)
+        self.put(fresh)
+        return dict(metadata["values"])
 
-def check_fits(model: MultiStageModel, stored: StoredShards) -> None:
-    """Raise unless the checkpoint has the model's parameters, in their shapes, and its shards."""
-    path = str(stored.directory / METADATA)
-    own = {p.name: p for unit in model.units for p in unit.layout.parameters}
-    found = stored.parameters()
-    for name in own.keys() - found.keys():
-        raise CheckpointError(path, "is missing", key=name)
-    for name in found.keys() - own.keys():
-        raise CheckpointError(path, "is unknown", key=name)
-    for name, parameter in own.items():
-        if parameter.shape != found[name].shape:
-            problem = f"has shape {list(found[name].shape)}, expected {list(parameter.shape)}"
-            raise CheckpointError(path, problem, key=name)
-    if tuple(stored.metadata["shards"]) != model.state_shard_names:
-        problem = (
-            f"has shards {stored.metadata['shards']}, expected {list(model.state_shard_names)}"
-        )
-        raise CheckpointError(path, problem)
+    def put(self, fresh: Fresh) -> None:
+        """Let the model have the shards; nothing that it held before is used again."""
+        for unit in self.model.units:
+            for shard_name, shard in fresh[unit.name].items():
+                unit.shards[shard_name].copy_(shard)
+        self.model.usable = True
+        self.model.invalidate_buffers()
+        if self.model.mode.support_backward:
+            self.model.reset_gradients()
 
+    def read(self, metadata: Mapping[str, Any]) -> Fresh:
+        """This rank's shards, new ones; raises :class:`CheckpointError` if they are not all there."""
+        if metadata["format"] == STATE_FORMAT:
+            from reference_impl.flat_shards.state_dict import read_state
 
-def read_shards(model: MultiStageModel, stored: StoredShards) -> dict[str, dict[str, Tensor]]:
-    """This rank's shards, new ones, by unit and shard name."""
-    fresh = {
-        unit.name: {name: torch.zeros_like(unit.shards[name]) for name in model.state_shard_names}
-        for unit in model.units
-    }
-    with ExitStack() as opened:
-        for unit in model.units:
-            loading = SafeLoad(unit, model.state_shard_names)
-            for number, path in enumerate(stored.files):
-                copy_from_file(model, unit, loading, stored, number, path, fresh, opened)
-            loading.check(str(stored.directory))
-    return fresh
+            return read_state(self.model, self.directory, metadata)
+        stored = StoredShards.open(self.directory, metadata)
+        self.check_parameters(stored)
+        return self.read_shards(stored)
 
+    def check_shards(self, metadata: Mapping[str, Any]) -> None:
+        """Raise unless the model's shards are the first ones of the checkpoint's."""
+        own = list(self.model.state_shard_names)
+        if metadata["shards"][: len(own)] != own:
+            problem = f"has shards {metadata['shards']}, expected {own}"
+            raise CheckpointError(str(self.directory / METADATA), problem)
 
-def copy_from_file(
-    model: MultiStageModel,
-    unit: FlatUnit,
-    loading: SafeLoad,
-    stored: StoredShards,
-    number: int,
-    path: Path,
-    fresh: dict[str, dict[str, Tensor]],
-    opened: ExitStack,
-) -> None:
-    """Copy what a rank's file holds of a unit's shards."""
-    rank, tensor_rank = divmod(number, stored.metadata["tensor_ranks"])
-    file = None
-    for old in stored.units:
-        for overlap in overlaps(
-            old.layout,
-            rank,
-            unit.layout,
-            model.ranks.rank,
-            source_tensor_rank=tensor_rank,
-            target_tensor_rank=model.tensor.rank,
-        ):
+    def check_parameters(self, stored: StoredShards) -> None:
+        """Raise unless the checkpoint has the model's parameters, in their shapes."""
+        path = self.directory / METADATA
+        own = {p.name: p for unit in self.model.units for p in unit.layout.parameters}
+        found = stored.parameters()
+        check_keys(path, found, own)
+        for name, parameter in own.items():
+            if parameter.shape != found[name].shape:
+                problem = f"has shape {list(found[name].shape)}, expected {list(parameter.shape)}"
+                raise CheckpointError(str(path), problem, key=name)
+
+    def read_shards(self, stored: StoredShards) -> Fresh:
+        """The elements that this rank holds of each rank's file."""
+        fresh = empty_shards(self.model)
+        with ExitStack() as opened:
+            for unit in self.model.units:
+                loading = SafeLoad(unit, self.model.state_shard_names)
+                for number, path in enumerate(stored.files):
+                    self.copy_from_file(unit, loading, stored, number, path, fresh, opened)
+                loading.check(str(stored.directory))
+        return fresh
+
+    def copy_from_file(
+        self,
+        unit: FlatUnit,
+        loading: SafeLoad,
+        stored: StoredShards,
+        number: int,
+        path: Path,
+        fresh: Fresh,
+        opened: ExitStack,
+    ) -> None:
+        """Copy what a rank's file holds of a unit's shards."""
+        file = None
+        for old, overlap in self.overlaps(unit, stored, number):
             file = file or opened.enter_context(safe_open(path, framework="pt"))
             for shard_name, target in fresh[unit.name].items():
                 if not target.numel():
                     continue
                 if shard_name in old.starts:
                     begin = old.starts[shard_name] + overlap.source
-                    part = read(path, file, shard_name, begin, overlap)
+                    part = self.part(path, file, shard_name, begin, overlap)
                     target[overlap.target : overlap.target + overlap.count] = part
                 loading.count(overlap, shard_name)
 
+    def overlaps(self, unit: FlatUnit, stored: StoredShards, number: int):
+        """What the file of a rank and a unit of this rank both hold, with the unit it was saved in."""
+        rank, tensor_rank = divmod(number, stored.metadata["tensor_ranks"])
+        for old in stored.units:
+            for overlap in overlaps(
+                old.layout,
+                rank,
+                unit.layout,
+                self.model.ranks.rank,
+                source_tensor_rank=tensor_rank,
+                target_tensor_rank=self.model.tensor.rank,
+            ):
+                yield old, overlap
 
-def read(path: Path, file: Any, shard_name: str, begin: int, overlap: Overlap) -> Tensor:
-    """Elements of a shard in a file; raises :class:`CheckpointError` if one is not finite."""
-    key = f"{shard_name}_shard"
-    part = file.get_slice(key)[begin : begin + overlap.count]
-    if not bool(part.isfinite().all()):
-        number = int((~part.isfinite()).sum())
-        problem = f"{number} elements of {overlap.name} are not finite"
-        raise CheckpointError(str(path), problem, key=key)
-    return part
+    def part(self, path: Path, file: Any, shard_name: str, begin: int, overlap: Overlap) -> Tensor:
+        """Elements of a shard in a file; raises :class:`CheckpointError` if one is not finite."""
+        key = f"{shard_name}_shard"
+        part = file.get_slice(key)[begin : begin + overlap.count]
+        return check_finite(part, path, key, overlap.name)
+
+
+def empty_shards(model: MultiStageModel) -> Fresh:
+    """New shards of zeros: all that a checkpoint has."""
+    return {
+        unit.name: {name: torch.zeros_like(unit.shards[name]) for name in model.state_shard_names}
+        for unit in model.units
+    }

@@ -12,7 +12,7 @@ from reference_impl.flat_shards import resharding
 from reference_impl.flat_shards.config import Precision, ShardName, StageMode
 from reference_impl.flat_shards.layout import FlatLayout, ParameterMeta, buffer_order
 from reference_impl.flat_shards.model import MultiStageModel
-from reference_impl.flat_shards.optimizer import STATE_NAMES, ShardedOptimizer
+from reference_impl.flat_shards.optimizer import STATE_NAMES, ShardedOptimizer, clip_gradients
 from reference_impl.ranks import current_ranks
 
 
@@ -83,8 +83,8 @@ class Sharded:
         self.complete = False
 
     def clip_gradients(self, max_norm: float) -> float:
-        """See :meth:`ShardedOptimizer.clip_gradients`."""
-        return self.optimizer.clip_gradients(max_norm)
+        """See :func:`reference_impl.flat_shards.optimizer.clip_gradients`."""
+        return clip_gradients(self.model, max_norm)
 
     def save(self, directory: str) -> None:
         """See :meth:`ShardedOptimizer.save`."""

@@ -11,6 +11,7 @@ Source: ServiceNow/Fast-LLM, ``engine/multi_stage/fsdp.py``.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,11 @@ class ParameterMeta:
     """Whether tensor-parallel ranks hold the same values but see different tokens."""
     allow_no_grad: bool = False
     """Whether a gradient that never arrives is zero; otherwise it is an error."""
+
+    def __post_init__(self) -> None:
+        dim = self.tensor_parallel_dim
+        if dim is not None and not 0 <= dim < len(self.shape):
+            raise ValueError(f"{self.name} of shape {list(self.shape)} has no axis {dim} to split")
 
     def local_shape(self, tensor_ranks: int = 1) -> tuple[int, ...]:
         """The shape on one of ``tensor_ranks`` ranks; raises ValueError if they do not divide it."""
@@ -213,6 +219,17 @@ class FlatLayout:
         begin, end = self.range_in_shard(name, rank)
         return end - begin
 
+    def names_in_shard(self, rank: int) -> tuple[str, ...]:
+        """Names of the parameters that the shard of ``rank`` holds elements of, in buffer order."""
+        begin = self.shard_begin(rank)
+        first = max(bisect_right(self._bounds, begin) - 1, 0)
+        last = bisect_left(self._bounds, begin + self.shard_size)
+        return tuple(
+            parameter.name
+            for number, parameter in enumerate(self.parameters[first:last], first)
+            if self._bounds[number] < self._bounds[number + 1]
+        )
+
     def over(self, ranks: int, tensor_ranks: int | None = None) -> FlatLayout:
         """The same parameters over other ranks."""
         return FlatLayout(self.parameters, ranks, tensor_ranks or self.tensor_ranks)
@@ -250,9 +267,9 @@ def overlaps(
 
     A parameter that tensor-parallel ranks of the source all hold is taken from the first of them
     alone, so that each element comes from one place. Raises ValueError where the shapes of a
-    parameter differ.
+    parameter of the target's shard differ.
     """
-    for name in target.names:
+    for name in target.names_in_shard(target_rank):
         if name not in source._number:
             continue
         old, new = source.meta(name), target.meta(name)

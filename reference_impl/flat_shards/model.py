@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +50,32 @@ class MultiStageModel:
         """Whether the shards hold weights: not before they are set up, nor after a load failed."""
         self.tied: dict[str, str] = {}
         """Names of tied parameters, and the name under which each is stored."""
+        self.base_model = nn.Sequential(*modules)
+        """The modules; while a stage is not restored, its parameters are not in them."""
         self._flat_shard: Tensor | None = None
         self._initial: dict[str, Tensor] = {}
         self._stages: list[Stage] = self._make_stages(modules)
         if setup:
             self.setup()
 
+    @classmethod
+    def from_pretrained(
+        cls, modules: Sequence[nn.Module], directory: str | Path, **options: Any
+    ) -> MultiStageModel:
+        """The model of a checkpoint, which may be of other numbers of ranks. Collective.
+
+        ``options`` as for the class. Shards hold the weights then, and parameters nothing.
+        """
+        model = cls(modules, **options)
+        model.load(directory)
+        return model
+
     # Stages
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages, in their order."""
+        return self._stages
 
     def _make_stages(self, modules: Sequence[nn.Module]) -> list[Stage]:
         owners: dict[nn.Parameter, tuple[Stage, str]] = {}

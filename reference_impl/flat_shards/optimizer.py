@@ -54,12 +54,8 @@ class ShardedOptimizer:
             self.optimizer.state[part["weights"]] = state
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Scale gradients so that their norm is at most ``max_norm``; the norm before. Collective."""
-        norm = gradient_norm(self.model)
-        factor = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        if factor < 1:
-            self.model.get_shard(ShardName.grads).mul_(factor)
-        return norm
+        """See :func:`clip_gradients`."""
+        return clip_gradients(self.model, max_norm)
 
     def step(self) -> None:
         """Update the shards by the gradient shards; buffers are stale then, and invalidated."""
@@ -96,6 +92,15 @@ def first_decaying(unit: FlatUnit) -> int:
     if not decaying:
         return unit.layout.shard_size
     return unit.range_in_shard(decaying[0])[0]
+
+
+def clip_gradients(model: MultiStageModel, max_norm: float) -> float:
+    """Scale gradients so that their norm is at most ``max_norm``; the norm before. Collective."""
+    norm = gradient_norm(model)
+    factor = min(1.0, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+    if factor < 1:
+        model.get_shard(ShardName.grads).mul_(factor)
+    return norm
 
 
 def gradient_norm(model: MultiStageModel) -> float:

@@ -18,11 +18,14 @@ def cut(
 ) -> Tensor:
     """The shard of a rank, [shard_size], of whole tensors by name; padding is zero.
 
-    Raises ValueError for names that are missing or unknown, and for other shapes.
+    Raises ValueError for ranks that there are not, names that are missing or unknown, other shapes,
+    and values of several dtypes.
     """
+    if not 0 <= tensor_rank < layout.tensor_ranks:
+        ranks = f"{layout.tensor_ranks} tensor-parallel ranks"
+        raise ValueError(f"tensor-parallel rank {tensor_rank} is not one of {ranks}")
     check_same_parameters(list(values), layout.names)
-    dtypes = [value.dtype for value in values.values()]
-    shard = torch.zeros(layout.shard_size, dtype=dtypes[0] if dtypes else torch.float32)
+    shard = torch.zeros(layout.shard_size, dtype=common_dtype(values))
     for name in layout.names:
         meta, value = layout.meta(name), values[name]
         if tuple(value.shape) != meta.shape:
@@ -34,6 +37,16 @@ def cut(
         begin, end = layout.range_in_shard(name, rank)
         shard[begin:end] = value.reshape(-1)[first:last]
     return shard
+
+
+def common_dtype(values: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of all values, float32 if there are none; raises ValueError if they have several."""
+    dtypes = {name: value.dtype for name, value in values.items()}
+    first = next(iter(dtypes.values()), torch.float32)
+    for name, dtype in dtypes.items():
+        if dtype != first:
+            raise ValueError(f"{name} has dtype {dtype}, expected {first} as the others")
+    return first
 
 
 def join(layout: FlatLayout, shards: Shards) -> dict[str, Tensor]:
@@ -78,32 +91,37 @@ def as_mapping(layout: FlatLayout, shards: Shards) -> dict[tuple[int, int], Tens
 
 
 def reshard(
-    source: FlatLayout, shards: Shards, target: FlatLayout
+    source: FlatLayout, shards: Shards, target: FlatLayout, *, out: Shards | None = None
 ) -> dict[tuple[int, int], Tensor]:
     """The shards of ``target`` from those of ``source``, by (rank, tensor-parallel rank).
 
-    Each element is copied once, from one shard to the other, and no whole tensor is made. Raises
-    ValueError unless both have the same parameters in the same shapes.
+    Each element is copied once, from one shard to the other, and no whole tensor is made. ``out``:
+    shards of ``target`` to write to, which share no memory with ``shards``; default: new ones.
+    Raises ValueError unless both layouts have the same parameters in the same shapes.
     """
     by_rank = as_mapping(source, shards)
     check_same_parameters(source.names, target.names)
-    some = next(iter(by_rank.values()))
-    made = {}
-    for rank in range(target.ranks):
-        for tensor_rank in range(target.tensor_ranks):
-            shard = some.new_empty(target.shard_size)
-            pad = target.shard_pad(rank)
-            shard[target.shard_size - pad :].zero_()
-            for (source_rank, source_tensor_rank), old in by_rank.items():
-                for overlap in overlaps(
-                    source,
-                    source_rank,
-                    target,
-                    rank,
-                    source_tensor_rank=source_tensor_rank,
-                    target_tensor_rank=tensor_rank,
-                ):
-                    place = slice(overlap.target, overlap.target + overlap.count)
-                    shard[place] = old[overlap.source : overlap.source + overlap.count]
-            made[rank, tensor_rank] = shard
+    for name in target.names:
+        found, expected = list(source.meta(name).shape), list(target.meta(name).shape)
+        if found != expected:
+            raise ValueError(f"{name} has shape {found}, expected {expected}")
+    if out is None:
+        some = next(iter(by_rank.values()))
+        wanted = ((rank, t) for rank in range(target.ranks) for t in range(target.tensor_ranks))
+        made = {key: some.new_empty(target.shard_size) for key in wanted}
+    else:
+        made = as_mapping(target, out)
+    for (rank, tensor_rank), shard in made.items():
+        shard[target.shard_size - target.shard_pad(rank) :].zero_()
+        for (source_rank, source_tensor_rank), old in by_rank.items():
+            for overlap in overlaps(
+                source,
+                source_rank,
+                target,
+                rank,
+                source_tensor_rank=source_tensor_rank,
+                target_tensor_rank=tensor_rank,
+            ):
+                place = slice(overlap.target, overlap.target + overlap.count)
+                shard[place] = old[overlap.source : overlap.source + overlap.count]
     return made

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reference_impl.flat_shards.config import FLOAT32, Precision, ShardName, StageMode
 from reference_impl.flat_shards.layout import FlatLayout
-from reference_impl.ranks import OneRank, Ranks
+from reference_impl.ranks import OneRank, Ranks, agree
 
 
 class FlatUnit:
@@ -243,15 +243,15 @@ class FlatUnit:
     def reduce_gradients(self, *, accumulate: bool = False, allow_no_grad: bool = False) -> None:
         """Make the gradient shard: the mean over the ranks of what each accumulated. Collective.
 
-        With ``accumulate`` the mean is added to the shard. Raises RuntimeError that names a parameter
-        without a gradient, unless it may have none, which is then zero.
+        With ``accumulate`` the mean is added to the shard. Raises RuntimeError, on every rank, that
+        names a parameter without a gradient, unless it may have none, which is then zero.
         """
         self._need("gradients", self.mode is not None and self.mode.support_backward)
         if not self.restored:
             raise RuntimeError(f"{self.name} is not restored")
         if not self.trainable:
             return
-        self._fill_missing_gradients(allow_no_grad)
+        self._agree_on_missing_gradients(allow_no_grad)
         self.grad_buffer[self.layout.parameter_count :].zero_()
         self._sum_over_sequence_parallel_ranks()
         begin = self.layout.shard_begin(self.ranks.rank)
@@ -263,6 +263,16 @@ class FlatUnit:
         else:
             shard.copy_(mean)
         self.reset_gradients()
+
+    def _agree_on_missing_gradients(self, allow_no_grad: bool) -> None:
+        """Raise on every rank if one lacks a gradient: none may wait for another's."""
+        error = None
+        try:
+            self._fill_missing_gradients(allow_no_grad)
+        except RuntimeError as problem:
+            error = problem
+        if not allow_no_grad:
+            agree(self.ranks, error)
 
     def _fill_missing_gradients(self, allow_no_grad: bool) -> None:
         gradients = self.split_buffer(self.grad_buffer)
