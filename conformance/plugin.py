@@ -139,6 +139,8 @@ gpt_checkpoint = _contract_fixture("gpt_checkpoint")
 parallel_linear = _contract_fixture("parallel_linear")
 weight_loader = _contract_fixture("weight_loader")
 causal_lm = _contract_fixture("causal_lm")
+flat_layout = _contract_fixture("flat_layout")
+flat_shards = _contract_fixture("flat_shards")
 
 
 # Collection

@@ -16,6 +16,8 @@ CATALOGUES = (
     "tensor_parallel",
     "loader",
     "qwen2",
+    "fsdp",
+    "flat_shards",
 )
 
 

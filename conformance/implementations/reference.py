@@ -6,6 +6,7 @@ from torch import Tensor
 
 from reference_impl.attention import Attention
 from reference_impl.cached_attention import CachedAttention
+from reference_impl.flat_shards.engine import FlatShards
 from reference_impl.gpt import CheckpointReader
 from reference_impl.qwen2 import load_shards
 from reference_impl.qwen2.engine import CausalLM
@@ -13,7 +14,7 @@ from reference_impl.qwen2.parallel_linear import ParallelLinear
 from reference_impl.rotary import Rotary, RotaryModule
 
 
-class Reference(Attention, Rotary, ParallelLinear, CausalLM):
+class Reference(Attention, Rotary, ParallelLinear, CausalLM, FlatShards):
     """Offers every contract."""
 
     def rotary_module(self, head_dim: int, **options) -> RotaryModule:

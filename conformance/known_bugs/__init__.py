@@ -19,6 +19,9 @@ AREAS = (
     "parallel_linear",
     "weight_loader",
     "causal_lm",
+    "flat_layout",
+    "flat_shards",
+    "flat_checkpoints",
 )
 
 
