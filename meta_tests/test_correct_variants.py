@@ -33,9 +33,21 @@ BROAD = {
     ),
     "weight_loader": ("weight_loader.held.coordinates", "weight_loader.dtype.as-asked"),
     "causal_lm": ("causal_lm.function.one-rank", "causal_lm.dtype.bfloat16"),
+    "flat_layout": (
+        "flat_layout.ranges.in-shard",
+        "flat_layout.reshard.any-to-any",
+        "flat_layout.reshard.tensor-parallel",
+        "flat_layout.order.positions",
+    ),
+    "flat_shards": (
+        "flat_shards.step.sgd",
+        "flat_shards.gradient.micro-batches",
+        "flat_shards.gradient.bfloat16",
+        "flat_shards.forward.bfloat16",
+    ),
 }
 
-EXACT = {"weight_loader"}
+EXACT = {"weight_loader", "flat_layout"}
 """Contracts that compute nothing, so that nothing is compared within limits."""
 
 
@@ -53,6 +65,8 @@ def test_there_are_variants_of_the_large_contracts():
     assert counts["parallel_linear"] >= 8
     assert counts["weight_loader"] >= 8
     assert counts["causal_lm"] >= 10
+    assert counts["flat_layout"] >= 8
+    assert counts["flat_shards"] >= 12
 
 
 @pytest.mark.parametrize("id", VARIANTS)

@@ -128,6 +128,23 @@ def test_a_layer_on_several_ranks_runs_as_written(tmp_path, installed):
     assert "parallel_linear.row.sum (core): wrong values" in result.stdout
 
 
+def test_a_sharded_model_runs_as_written(tmp_path, installed):
+    """The model of docs/adapters.md passes what it offers, and fails with a sum for the mean."""
+    sharding = tmp_path / "my_sharding.py"
+    sharding.write_text(block_that_starts("python", "# my_sharding.py", ADAPTERS))
+    command = block_that_starts("sh", "pytest --pyargs conformance --impl my_sharding", ADAPTERS)
+    result = run(f"{command.strip()} -n 2", tmp_path, installed)
+    assert result.returncode == 0, result.stdout
+    assert " failed" not in result.stdout
+
+    mean = "p.grad /= dist.get_world_size()"
+    sharding.write_text(sharding.read_text().replace(mean, "pass"))
+    rule = "flat_shards.gradient.mean"
+    result = run(f"{command.strip()}.gradient", tmp_path, installed)
+    assert result.returncode == 1, result.stdout
+    assert rule in result.stdout
+
+
 def test_listing_commands_run_as_written(tmp_path, installed):
     commands = block_that_starts("sh", "python -m conformance impls").strip().splitlines()
     assert len(commands) == 3

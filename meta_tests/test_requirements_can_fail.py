@@ -7,7 +7,10 @@ import torch
 from command_line import ROOT
 from mutants import MUTANTS
 from test_near_misses import NEAR
+from test_near_misses_flat import NEAR_FLAT
+from test_near_misses_flat_checkpoints import NEAR_FLAT_CHECKPOINTS
 from test_near_misses_gpt import NEAR_GPT
+from test_near_misses_layout import NEAR_LAYOUT
 from test_near_misses_lm import NEAR_LM
 from test_near_misses_loader import NEAR_LOADER
 from test_near_misses_parallel import NEAR_PARALLEL
@@ -16,6 +19,17 @@ from conformance.harness.requirement import all_requirements
 from conformance.implementations.reference import Reference
 from conformance.known_bugs import all_known_bugs
 
+REGISTRIES = (
+    MUTANTS,
+    NEAR,
+    NEAR_GPT,
+    NEAR_PARALLEL,
+    NEAR_LOADER,
+    NEAR_LM,
+    NEAR_LAYOUT,
+    NEAR_FLAT,
+    NEAR_FLAT_CHECKPOINTS,
+)
 KILL_MATRIX = ROOT / "fixtures" / "kill_matrix.json"
 AGAIN = "write it anew: python fixtures/regenerate.py"
 
@@ -50,7 +64,7 @@ def test_the_reference_passes_what_mutants_fail(slug):
 
 def test_every_requirement_fails_for_something(kill_matrix):
     fails = {slug for row in kill_matrix.values() for slug in row["caught_by"]}
-    for registry in (MUTANTS, NEAR, NEAR_GPT, NEAR_PARALLEL, NEAR_LOADER, NEAR_LM):
+    for registry in REGISTRIES:
         fails |= {wrong.breaks for wrong in registry.values()}
     cannot = set(all_requirements()) - fails
     assert not cannot, f"nothing fails {sorted(cannot)}: plant a bug or add a mutant; or {AGAIN}"

@@ -28,11 +28,5 @@ def reproduction(failure: ConformanceFailure) -> list[str]:
     """Lines of Python that make the failing call, and show the fault, without this suite."""
     call = failure.call
     result = "out, lse" if dict(call.options).get("return_lse") == "True" else "out"
-    return [
-        "import torch",
-        *call.preamble,
-        *failure.import_lines,
-        *call.lines,
-        f"{result} = {call.source()}",
-        failure.shown_by,
-    ]
+    made = [*call.preamble, *failure.import_lines, *call.lines, f"{result} = {call.source()}"]
+    return "\n".join(["import torch", *made, failure.shown_by]).splitlines()
