@@ -61,6 +61,11 @@ BUNDLED: dict[str, Bundled] = {
             "parallel layers by torch's parallelize_module and DTensor",
         ),
         _bundled(
+            "torch-fsdp2",
+            "torch_fsdp2:TorchFSDP2",
+            "sharded models by torch's fully_shard and distributed checkpoints",
+        ),
+        _bundled(
             "transformers-loader",
             "transformers_loader:TransformersLoader",
             "weights of a directory by transformers' from_pretrained",
