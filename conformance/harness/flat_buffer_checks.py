@@ -52,12 +52,15 @@ def assert_held(
     or_error: bool = False,
 ) -> None:
     """Parameters are the expected ones in the compute dtype; with ``or_error``, or cannot be read."""
-    for name, value in expected.items():
-        if held[name] is None and or_error:
+    for name, found in held.items():
+        if name not in expected:
+            summary = f"full_parameters() of rank {rank} {when} lacks {name}"
+            raise ConformanceFailure("missing weight", summary, call=call)
+        if found is None and or_error:
             current_tally().comparisons["exact"] += 1
             continue
         about = f"parameter({name!r}) of rank {rank}"
-        assert_same(held[name], value.to(call.dtype), call, about, when)
+        assert_same(found, expected[name].to(call.dtype), call, about, when)
 
 
 # Parameters in buffers

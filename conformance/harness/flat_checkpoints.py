@@ -28,7 +28,7 @@ from conformance.harness.calls import Call
 from conformance.harness.compare import assert_close_to, assert_identical, assert_tensor
 from conformance.harness.failures import ConformanceFailure, Declined, TimedOut, failing_at
 from conformance.harness.flat_cases import FROZEN, SGD, FlatCase
-from conformance.harness.flat_checks import assert_parameters, initial
+from conformance.harness.flat_checks import assert_names, assert_parameters, initial
 from conformance.harness.flat_oracle import MAX_NORM, whole
 from conformance.harness.flat_programs import load_optimizers
 from conformance.harness.flat_subject import Driver, make
@@ -619,6 +619,7 @@ def assert_other_frozen(flat_shards: Subject, case: CheckpointCase) -> None:
         [saved, *_] = story.on(case.saved_on, *steps)
         steps = (("load", place / "one"), ("parameters",), ("coast", 1), ("parameters",))
         found = story.loads(case.loaded_on, *steps, of=loading)
+        assert_names(saved, list(first), story.call, "full_parameters() of what is saved")
         assert_parameters([f for f, _ in found], saved, story.call, when="after loading")
         for rank, (_, parameters) in enumerate(found):
             for name, value in parameters.items():

@@ -52,7 +52,13 @@ def made_of(call: Call, values: str = "values") -> Call:
 def assert_parameters(
     found: list[dict[str, Tensor]], expected: dict[str, Tensor], call: Call, *, when: str
 ) -> None:
-    """Every rank has every parameter, and no other, bit for bit."""
+    """Every rank has every parameter, and no other, bit for bit.
+
+    What is expected may have been read from another model.
+    """
+    if not expected:
+        summary = f"parameters {when} are compared with those of a model that has none"
+        raise ConformanceFailure("missing weight", summary, call=call)
     for rank, parameters in enumerate(found):
         where = f"full_parameters() of rank {rank} {when}"
         assert_names(parameters, list(expected), call, where)

@@ -20,7 +20,7 @@ from torch import Tensor
 from conformance.harness.calls import Call
 from conformance.harness.failures import ConformanceFailure, failing_at
 from conformance.harness.flat_cases import FlatCase
-from conformance.harness.flat_subject import Driver, this_rank
+from conformance.harness.flat_subject import ByName, Driver, this_rank
 from conformance.harness.rank_pool import on_ranks
 from conformance.harness.subject import Subject, errors_named
 
@@ -180,7 +180,7 @@ def portable(found: Any) -> Any:
     if isinstance(found, Tensor):
         return found.detach().clone()
     if isinstance(found, Mapping):
-        return {name: portable(value) for name, value in found.items()}
+        return ByName((name, portable(value)) for name, value in found.items())
     if isinstance(found, (list, tuple)):
         return [portable(value) for value in found]
     if isinstance(found, (int, float, str, bool, type(None))):

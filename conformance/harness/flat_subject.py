@@ -49,18 +49,21 @@ class Driver:
         def called(*arguments: Any, **options: Any) -> Any:
             try:
                 with errors_named(f"{name}()"):
-                    return method(*arguments, **options)
+                    result = method(*arguments, **options)
             except Declined as reason:
                 self.ended_by = reason
                 raise
+            if name in RESULTS:
+                RESULTS[name](result, f"{name}()")
+            return result
 
         return called
 
-    def parameters(self) -> dict[str, Tensor]:
+    def parameters(self) -> ByName:
         """Copies of :meth:`full_parameters`."""
         return as_tensors(self.full_parameters(), "full_parameters()")
 
-    def gradients(self) -> dict[str, Tensor]:
+    def gradients(self) -> ByName:
         """Copies of :meth:`full_gradients`."""
         return as_tensors(self.full_gradients(), "full_gradients()")
 
@@ -68,9 +71,6 @@ class Driver:
         """Forward and backward pass of one batch; the output."""
         with torch.enable_grad():
             out = self.forward(x)
-            if not isinstance(out, Tensor):
-                found = type(out).__name__
-                raise ConformanceFailure("wrong type", f"forward() gives {found}, not a tensor")
             loss = (out.to(torch.promote_types(out.dtype, torch.float32)) * upstream).sum()
             self.backward(loss, last=last)
         return out.detach().clone()
@@ -102,14 +102,60 @@ class Driver:
         return norms
 
 
-def as_tensors(found: Any, what: str) -> dict[str, Tensor]:
+class ByName(dict):
+    """Tensors by name; to look up one that is not there is a failure, not an error of the suite."""
+
+    def __missing__(self, name: str) -> Tensor:
+        """Raises :class:`ConformanceFailure` that says what there is."""
+        have = ", ".join(self) or "nothing"
+        raise ConformanceFailure("missing weight", f"there is no {name} among {have}")
+
+
+def as_tensors(found: Mapping[str, Tensor], what: str) -> ByName:
     """Copies of a mapping of tensors."""
+    check_tensors(found, what)
+    return ByName((name, value.detach().clone()) for name, value in found.items())
+
+
+def check_tensors(found: Any, what: str) -> None:
+    """Fail unless this is a mapping of tensors."""
     if not isinstance(found, Mapping):
         raise ConformanceFailure(
             "wrong type", f"{what} gives {type(found).__name__}, not a mapping"
         )
     for name, value in found.items():
-        if not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise ConformanceFailure("wrong type", f"{what} gives {kind} for {name}, not a tensor")
-    return {name: value.detach().clone() for name, value in found.items()}
+        check_tensor(value, f"{what}[{name!r}]")
+
+
+def check_tensor(found: Any, what: str) -> None:
+    """Fail unless this is a tensor."""
+    if not isinstance(found, Tensor):
+        raise ConformanceFailure("wrong type", f"{what} gives {type(found).__name__}, not a tensor")
+
+
+def check_list(found: Any, what: str) -> None:
+    """Fail unless this is a list of tensors."""
+    if not isinstance(found, (list, tuple)):
+        raise ConformanceFailure("wrong type", f"{what} gives {type(found).__name__}, not a list")
+    for number, value in enumerate(found):
+        check_tensor(value, f"{what}[{number}]")
+
+
+def check_number(found: Any, what: str) -> None:
+    """Fail unless this is a number."""
+    if not isinstance(found, (int, float)):
+        raise ConformanceFailure("wrong type", f"{what} gives {type(found).__name__}, not a number")
+
+
+RESULTS = {
+    "forward": check_tensor,
+    "forward_stage": check_tensor,
+    "parameter": check_tensor,
+    "get_shard": check_tensor,
+    "full_parameters": check_tensors,
+    "full_gradients": check_tensors,
+    "split_shard": check_tensors,
+    "buffers": check_list,
+    "clip_gradients": check_number,
+}
+"""What the methods give."""
