@@ -331,11 +331,7 @@ def _fork(subject: Subject, rank: int, ranks: int, folder: Path) -> Worker:
     stacks = folder / f"stack-{rank}.txt"
     sys.stdout.flush()
     sys.stderr.flush()
-    with warnings.catch_warnings():
-        # Python 3.12 warns of locks that other threads may hold. Of those there are here, torch's
-        # own are not used again with one thread, and pytest-xdist's wait for messages.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process = forked()
+    process = forked()
     if process:
         theirs.close()
         return Worker(rank, process, ours, stacks)
@@ -350,14 +346,18 @@ def _fork(subject: Subject, rank: int, ranks: int, folder: Path) -> Worker:
 
 def forked() -> int:
     """Fork this process, whose cases may have reserved more memory than can be promised twice."""
-    try:
-        return os.fork()
-    except OSError as error:
-        if error.errno != errno.ENOMEM:
-            raise
-        forget_everything()
-        gc.collect()
-        return os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of locks that other threads may hold. Of those there are here, torch's
+        # own are not used again with one thread, and pytest-xdist's wait for messages.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            return os.fork()
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            forget_everything()
+            gc.collect()
+            return os.fork()
 
 
 def _serve(
