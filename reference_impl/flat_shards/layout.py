@@ -353,8 +353,9 @@ class Slice:
 
 def check_same_parameters(found: Sequence[str], expected: Sequence[str]) -> None:
     """Raise ValueError that names what is missing or unknown."""
-    missing = [name for name in expected if name not in set(found)]
-    unknown = [name for name in found if name not in set(expected)]
+    there, wanted = set(found), set(expected)
+    missing = [name for name in expected if name not in there]
+    unknown = [name for name in found if name not in wanted]
     problems = []
     if missing:
         problems.append(f"missing: {', '.join(missing)}")
