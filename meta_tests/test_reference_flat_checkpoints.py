@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_reference_flat_shards import Across
 from torch import nn
 
-from reference_impl.flat_shards import MultiStageModel, Precision, ShardedOptimizer
+from reference_impl.flat_shards import MultiStageModel, Precision, ShardedOptimizer, state_dict
 from reference_impl.flat_shards.layout import FlatLayout, Overlap, ParameterMeta
 from reference_impl.flat_shards.optimizer import STATE_NAMES
 from reference_impl.flat_shards.safe_load import SafeLoad
@@ -450,6 +450,17 @@ def test_save_that_cannot_write_raises_on_every_rank(form, tmp_path):
 
 
 # Counting
+
+
+@pytest.mark.parametrize("shard_name", ["weights", "exp_avgs"])
+def test_a_whole_tensor_that_is_not_read_is_noticed(shard_name, tmp_path, monkeypatch):
+    """Also where the names of the index were not compared with the model's."""
+    saved(tmp_path, "state", ranks=1)
+    key = f"1.0.weight/{shard_name}"
+    edit_metadata(tmp_path, lambda metadata: metadata["state_index"].pop(key))
+    monkeypatch.setattr(state_dict, "check_keys", lambda *arguments: None)
+    with pytest.raises(CheckpointError, match=f"weight: 0 elements of its {shard_name}"):
+        made(OneRank()).load(tmp_path)
 
 
 def counted(*overlaps, layout=None):

@@ -125,9 +125,10 @@ def read_state(model: MultiStageModel, directory: Path, metadata: Mapping[str, A
                     key, target = f"{name}/{shard_name}", fresh[unit.name][shard_name]
                     if key in index:
                         tensor = files[index[key]].get_tensor(key)
-                        put_tensor(unit, name, target, tensor, index[key], key)
-                    begin, end = unit.range_in_shard(name)
-                    loading.count(Overlap(name, 0, begin, end - begin), shard_name)
+                        put = put_tensor(unit, name, target, tensor, index[key], key)
+                        loading.count(put, shard_name)
+                    elif shard_name != ShardName.weights and name in frozen:
+                        loading.count(own_elements(unit, name), shard_name)  # stays zero
             loading.check(str(directory))
     return fresh
 
@@ -146,11 +147,19 @@ def check_files(index: Mapping[str, Path]) -> None:
 
 def put_tensor(
     unit: FlatUnit, name: str, target: Tensor, tensor: Tensor, path: Path, key: str
-) -> None:
-    """Write this rank's elements of a whole tensor to a shard."""
+) -> Overlap:
+    """Write this rank's elements of a whole tensor to a shard; which they are."""
     try:
         own = unit.parameter_global_to_shard(tensor, name)
     except ValueError as error:
         raise CheckpointError(str(path), str(error), key=key) from error
-    begin, end = unit.range_in_shard(name)
-    target[begin:end] = check_finite(own, path, key, name)
+    place = own_elements(unit, name)
+    target[place.target : place.target + place.count] = check_finite(own, path, key, name)
+    return place
+
+
+def own_elements(unit: FlatUnit, name: str) -> Overlap:
+    """This rank's elements of a parameter: where they begin in it and in the shard, how many."""
+    first, last = unit.layout.range_of_parameter(name, unit.ranks.rank)
+    begin, _ = unit.range_in_shard(name)
+    return Overlap(name, first, begin, last - first)
