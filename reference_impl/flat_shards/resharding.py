@@ -27,16 +27,26 @@ def cut(
     check_same_parameters(list(values), layout.names)
     shard = torch.zeros(layout.shard_size, dtype=common_dtype(values))
     for name in layout.names:
-        meta, value = layout.meta(name), values[name]
-        if tuple(value.shape) != meta.shape:
-            found, expected = list(value.shape), list(meta.shape)
-            raise ValueError(f"{name} has shape {found}, expected {expected}")
-        if meta.tensor_parallel_dim is not None:
-            value = value.chunk(layout.tensor_ranks, meta.tensor_parallel_dim)[tensor_rank]
-        first, last = layout.range_of_parameter(name, rank)
         begin, end = layout.range_in_shard(name, rank)
-        shard[begin:end] = value.reshape(-1)[first:last]
+        shard[begin:end] = part_in_shard(layout, name, values[name], rank, tensor_rank)
     return shard
+
+
+def part_in_shard(
+    layout: FlatLayout, name: str, value: Tensor, rank: int, tensor_rank: int = 0
+) -> Tensor:
+    """What the shard of a rank holds of a whole parameter, flat: a range of its rank's slice.
+
+    Raises ValueError for another shape.
+    """
+    meta = layout.meta(name)
+    if tuple(value.shape) != meta.shape:
+        found, expected = list(value.shape), list(meta.shape)
+        raise ValueError(f"{name} has shape {found}, expected {expected}")
+    if meta.tensor_parallel_dim is not None:
+        value = value.chunk(layout.tensor_ranks, meta.tensor_parallel_dim)[tensor_rank]
+    first, last = layout.range_of_parameter(name, rank)
+    return value.reshape(-1)[first:last]
 
 
 def common_dtype(values: Mapping[str, Tensor]) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reference_impl.flat_shards.config import FLOAT32, Precision, ShardName, StageMode
 from reference_impl.flat_shards.layout import FlatLayout
+from reference_impl.flat_shards.resharding import part_in_shard, split_buffer
 from reference_impl.ranks import OneRank, Ranks, agree
 
 
@@ -146,10 +147,7 @@ class FlatUnit:
 
     def split_buffer(self, buffer: Tensor) -> dict[str, Tensor]:
         """Views of a buffer: every parameter in its shape on this tensor-parallel rank."""
-        return {
-            name: buffer[begin:end].view(self.layout.shape(name))
-            for name, (begin, end) in self.layout.table().items()
-        }
+        return split_buffer(self.layout, buffer)
 
     # Shards
 
@@ -186,14 +184,8 @@ class FlatUnit:
         return whole
 
     def parameter_global_to_shard(self, tensor: Tensor, name: str) -> Tensor:
-        """This rank's elements of a whole parameter, flat: its slice, and of that its range."""
-        meta = self.layout.meta(name)
-        if tuple(tensor.shape) != meta.shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(meta.shape)}")
-        if meta.tensor_parallel_dim is not None:
-            tensor = tensor.chunk(self.tensor.size, meta.tensor_parallel_dim)[self.tensor.rank]
-        begin, end = self.layout.range_of_parameter(name, self.ranks.rank)
-        return tensor.reshape(-1)[begin:end]
+        """This rank's elements of a whole parameter; see :func:`part_in_shard`."""
+        return part_in_shard(self.layout, name, tensor, self.ranks.rank, self.tensor.rank)
 
     def import_state_tensor(self, name: str, shard: Tensor, tensor: Tensor) -> int:
         """Write a whole parameter, or state of its shape, to a shard; the count of what it took.
