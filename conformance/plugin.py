@@ -141,6 +141,14 @@ weight_loader = _contract_fixture("weight_loader")
 causal_lm = _contract_fixture("causal_lm")
 flat_layout = _contract_fixture("flat_layout")
 flat_shards = _contract_fixture("flat_shards")
+moe_router = _contract_fixture("moe_router")
+experts = _contract_fixture("experts")
+moe_block = _contract_fixture("moe_block")
+shared_core = _contract_fixture("shared_core")
+shared_core_fit = _contract_fixture("shared_core_fit")
+shared_core_block = _contract_fixture("shared_core_block")
+compression_statistics = _contract_fixture("compression_statistics")
+compressed_checkpoint = _contract_fixture("compressed_checkpoint")
 
 
 # Collection

@@ -43,6 +43,7 @@ class _Float64Sum(FlatUnit):
             return super().reduce_gradients(accumulate=accumulate, allow_no_grad=allow_no_grad)
         before = self.shards[ShardName.grads].clone()
         self._agree_on_missing_gradients(allow_no_grad)
+        self._fill_missing_gradients()
         self._without_gradient = set()
         mean = self.ranks.all_reduce(self.grad_buffer.double()) / self.ranks.size
         super().reduce_gradients(allow_no_grad=allow_no_grad)
@@ -63,6 +64,7 @@ class _MeanFirst(FlatUnit):
     def reduce_gradients(self, *, accumulate=False, allow_no_grad=False):
         if self.trainable:
             self._agree_on_missing_gradients(allow_no_grad)
+            self._fill_missing_gradients()
             self._without_gradient = set()
             self.grad_buffer.div_(self.ranks.size)
             self.grad_buffer.mul_(self.ranks.size)  # what the sum is divided by

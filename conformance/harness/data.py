@@ -18,6 +18,11 @@ CATALOGUES = (
     "qwen2",
     "fsdp",
     "flat_shards",
+    "moe",
+    "mixture",
+    "compression",
+    "shared_core",
+    "compressed_checkpoint",
 )
 
 

@@ -8,13 +8,25 @@ from reference_impl.attention import Attention
 from reference_impl.cached_attention import CachedAttention
 from reference_impl.flat_shards.engine import FlatShards
 from reference_impl.gpt import CheckpointReader
+from reference_impl.moe.block import MoEBlock
 from reference_impl.qwen2 import load_shards
 from reference_impl.qwen2.engine import CausalLM
 from reference_impl.qwen2.parallel_linear import ParallelLinear
 from reference_impl.rotary import Rotary, RotaryModule
+from reference_impl.shared_core.block import SharedCoreBlock
+from reference_impl.shared_core.layer import SharedCore
 
 
-class Reference(Attention, Rotary, ParallelLinear, CausalLM, FlatShards):
+class Reference(
+    Attention,
+    Rotary,
+    ParallelLinear,
+    CausalLM,
+    FlatShards,
+    MoEBlock,
+    SharedCore,
+    SharedCoreBlock,
+):
     """Offers every contract."""
 
     def rotary_module(self, head_dim: int, **options) -> RotaryModule:

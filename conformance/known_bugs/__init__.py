@@ -22,6 +22,14 @@ AREAS = (
     "flat_layout",
     "flat_shards",
     "flat_checkpoints",
+    "moe_router",
+    "experts",
+    "moe_block",
+    "shared_core",
+    "shared_core_fit",
+    "shared_core_block",
+    "compression_statistics",
+    "compressed_checkpoint",
 )
 
 

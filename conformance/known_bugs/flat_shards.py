@@ -282,6 +282,7 @@ class _ScaledReduction(FlatUnit):
         factor = self.scale(accumulate)
         if self.trainable and factor != 1:
             self._agree_on_missing_gradients(allow_no_grad)
+            self._fill_missing_gradients()
             self._without_gradient = set()
             self.grad_buffer.mul_(factor)
         super().reduce_gradients(accumulate=accumulate, allow_no_grad=allow_no_grad)
@@ -343,10 +344,8 @@ class NormOfTheSum(FlatShards):
 class _StaleGradient(FlatUnit):
     """Leaves in the gradient buffer what it held where no gradient came."""
 
-    def _fill_missing_gradients(self, allow_no_grad):
-        held = self.grad_buffer.clone()
-        super()._fill_missing_gradients(allow_no_grad)
-        self.grad_buffer.copy_(held)
+    def _fill_missing_gradients(self):
+        pass
 
 
 @known_bug(

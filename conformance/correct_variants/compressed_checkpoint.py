@@ -1,0 +1,3 @@
+"""Other right ways to offer the contract ``compressed_checkpoint``."""
+
+from __future__ import annotations

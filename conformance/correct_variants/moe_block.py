@@ -1,0 +1,3 @@
+"""Other right ways to offer the contract ``moe_block``."""
+
+from __future__ import annotations

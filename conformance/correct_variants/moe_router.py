@@ -1,0 +1,3 @@
+"""Other right ways to offer the contract ``moe_router``."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Other right ways to offer the contract ``shared_core``."""
+
+from __future__ import annotations

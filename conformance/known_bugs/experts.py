@@ -1,0 +1,3 @@
+"""Documented bugs of the contract ``experts``."""
+
+from __future__ import annotations

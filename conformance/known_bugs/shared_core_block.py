@@ -1,0 +1,3 @@
+"""Documented bugs of the contract ``shared_core_block``."""
+
+from __future__ import annotations

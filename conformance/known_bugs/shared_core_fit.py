@@ -1,0 +1,3 @@
+"""Documented bugs of the contract ``shared_core_fit``."""
+
+from __future__ import annotations
