@@ -244,6 +244,7 @@ class FlatUnit:
         if not self.trainable:
             return
         self._agree_on_missing_gradients(allow_no_grad)
+        self._fill_missing_gradients()
         self.grad_buffer[self.layout.parameter_count :].zero_()
         self._sum_over_sequence_parallel_ranks()
         begin = self.layout.shard_begin(self.ranks.rank)
@@ -258,20 +259,19 @@ class FlatUnit:
 
     def _agree_on_missing_gradients(self, allow_no_grad: bool) -> None:
         """Raise on every rank if one lacks a gradient: none may wait for another's."""
-        error = None
-        try:
-            self._fill_missing_gradients(allow_no_grad)
-        except RuntimeError as problem:
-            error = problem
-        if not allow_no_grad:
-            agree(self.ranks, error)
+        if allow_no_grad:
+            return
+        missing = [
+            name
+            for name in self.layout.names
+            if name in self._without_gradient and not self.layout.meta(name).allow_no_grad
+        ]
+        agree(self.ranks, RuntimeError(f"{missing[0]} has no gradient") if missing else None)
 
-    def _fill_missing_gradients(self, allow_no_grad: bool) -> None:
-        gradients = self.split_buffer(self.grad_buffer)
-        for name, gradient in gradients.items():
+    def _fill_missing_gradients(self) -> None:
+        """Gradients that never came are zero, whatever the buffer holds from before."""
+        for name, gradient in self.split_buffer(self.grad_buffer).items():
             if name in self._without_gradient:
-                if not (allow_no_grad or self.layout.meta(name).allow_no_grad):
-                    raise RuntimeError(f"{name} has no gradient")
                 gradient.zero_()
 
     def _sum_over_sequence_parallel_ranks(self) -> None:
