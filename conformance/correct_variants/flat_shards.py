@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from conformance.correct_variants import correct_variant
-from reference_impl.flat_shards.config import ShardName
+from reference_impl.flat_shards.config import FORWARD_MODES, ShardName, check_mode
 from reference_impl.flat_shards.engine import FlatShards, Sharded
 from reference_impl.flat_shards.layout import FlatLayout
 from reference_impl.flat_shards.model import MultiStageModel
@@ -80,7 +80,7 @@ class DividedBeforeSummed(_WithUnits):
 
 class _GathersEachParameter(FlatUnit):
     def restore_parameters(self):
-        self._need("parameters", self.mode is not None and self.mode.support_forward)
+        check_mode(self.name, self.mode, "parameters", FORWARD_MODES)
         if self.restored:
             return
         own = self.split_shard(self.shards[ShardName.weights])

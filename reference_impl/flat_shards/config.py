@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -26,12 +27,12 @@ class StageMode(StrEnum):
     @property
     def support_forward(self) -> bool:
         """Whether it has a buffer, and parameters in it."""
-        return self in (StageMode.training, StageMode.inference)
+        return self in FORWARD_MODES
 
     @property
     def support_backward(self) -> bool:
         """Whether it has gradients."""
-        return self is StageMode.training
+        return self in BACKWARD_MODES
 
     @property
     def support_training(self) -> bool:
@@ -42,6 +43,18 @@ class StageMode(StrEnum):
     def on_device(self) -> bool:
         """Whether it has weights at all."""
         return self is not StageMode.off_device
+
+
+FORWARD_MODES = (StageMode.training, StageMode.inference)
+BACKWARD_MODES = (StageMode.training,)
+
+
+def check_mode(owner: str, mode: StageMode | None, what: str, modes: Collection[StageMode]) -> None:
+    """Raise RuntimeError unless ``owner`` is set up, in one of the modes that have ``what``."""
+    if mode is None:
+        raise RuntimeError(f"{owner} is not set up")
+    if mode not in modes:
+        raise RuntimeError(f"{owner} has no {what} in mode {mode}")
 
 
 @dataclass(frozen=True)

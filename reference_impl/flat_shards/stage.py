@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference_impl.flat_shards.config import StageMode
+from reference_impl.flat_shards.config import FORWARD_MODES, StageMode, check_mode
 from reference_impl.flat_shards.layout import ParameterMeta
 from reference_impl.flat_shards.unit import FlatUnit
 
@@ -78,7 +78,7 @@ class Stage:
 
     def restore_parameters(self) -> None:
         """Gather the parameters of the stage; stages that share its buffers lose theirs. Collective."""
-        self._need("parameters", StageMode.support_forward)
+        check_mode(f"stage {self.index}", self.mode, "parameters", FORWARD_MODES)
         for stage in (*self.owners, self):
             fresh = [unit for unit in stage.units if not unit.restored]
             for unit in fresh:
@@ -101,7 +101,7 @@ class Stage:
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         """The module's output; raises RuntimeError unless the stage is restored."""
-        self._need("forward pass", StageMode.support_forward)
+        check_mode(f"stage {self.index}", self.mode, "forward pass", FORWARD_MODES)
         if not self.restored:
             raise RuntimeError(
                 f"stage {self.index} is not restored: its parameters are not in the buffer; "
@@ -120,12 +120,6 @@ class Stage:
         """See :meth:`FlatUnit.reduce_gradients`."""
         for unit in self.units:
             unit.reduce_gradients(accumulate=accumulate, allow_no_grad=allow_no_grad)
-
-    def _need(self, what: str, supports: property) -> None:
-        if self.mode is None:
-            raise RuntimeError(f"stage {self.index} is not set up")
-        if not supports.fget(self.mode):
-            raise RuntimeError(f"stage {self.index} has no {what} in mode {self.mode}")
 
 
 def parameter_metas(

@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from reference_impl.flat_shards.config import FLOAT32, Precision, ShardName, StageMode
+from reference_impl.flat_shards.config import (
+    BACKWARD_MODES,
+    FLOAT32,
+    FORWARD_MODES,
+    Precision,
+    ShardName,
+    StageMode,
+    check_mode,
+)
 from reference_impl.flat_shards.layout import FlatLayout
 from reference_impl.flat_shards.resharding import part_in_shard, split_buffer
 from reference_impl.ranks import OneRank, Ranks, agree
@@ -119,17 +127,11 @@ class FlatUnit:
             requires_grad = trains and self.layout.meta(name).requires_grad
             self.parameters[name] = nn.Parameter(view, requires_grad=requires_grad)
 
-    def _need(self, what: str, has_it: bool) -> None:
-        if self.mode is None:
-            raise RuntimeError(f"{self.name} is not set up")
-        if not has_it:
-            raise RuntimeError(f"{self.name} has no {what} in mode {self.mode}")
-
     # The buffer
 
     def restore_parameters(self) -> None:
         """Gather the shards of all ranks into the buffer, unless that has been done. Collective."""
-        self._need("parameters", self.mode is not None and self.mode.support_forward)
+        check_mode(self.name, self.mode, "parameters", FORWARD_MODES)
         if self.restored:
             return
         # A tensor without the buffer's version counter: a backward pass that needs the weights has
@@ -212,7 +214,7 @@ class FlatUnit:
 
     def reset_gradients(self) -> None:
         """Forget what was accumulated. The buffer is not touched: the next gradient replaces it."""
-        self._need("gradients", self.mode is not None and self.mode.support_backward)
+        check_mode(self.name, self.mode, "gradients", BACKWARD_MODES)
         if self.trainable:
             names = self.parameters.items()
             self._without_gradient = {name for name, p in names if p.requires_grad}
@@ -238,7 +240,7 @@ class FlatUnit:
         With ``accumulate`` the mean is added to the shard. Raises RuntimeError, on every rank, that
         names a parameter without a gradient, unless it may have none, which is then zero.
         """
-        self._need("gradients", self.mode is not None and self.mode.support_backward)
+        check_mode(self.name, self.mode, "gradients", BACKWARD_MODES)
         if not self.restored:
             raise RuntimeError(f"{self.name} is not restored")
         if not self.trainable:
