@@ -377,6 +377,21 @@ def test_layouts_that_cannot_be_are_refused():
     refused("two parameters are called twice", FlatLayout, (meta, meta))
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tensor_dims": {"w": 0, "v": 0}}, "tensor_dims has unknown names: v"),
+        ({"sequence_parallel": ("v", "w", "u")}, "sequence_parallel has unknown names: v, u"),
+        ({"weight_decay": {"w": True, "b": False, "v": True}}, "weight_decay has unknown names: v"),
+        ({"weight_decay": {"w": True}}, "weight_decay lacks b"),
+        ({"weight_decay": {}}, "weight_decay lacks w, b"),
+    ],
+)
+def test_what_is_said_of_parameters_is_said_of_those_that_there_are(options, says):
+    with pytest.raises(ValueError, match=says):
+        FlatShards().flat_layout({"w": (4, 2), "b": (2,)}, **options)
+
+
 @pytest.mark.parametrize("rank", [-1, 2, 7])
 def test_ranks_that_there_are_not_are_refused(rank):
     layout = layout_of(EXAMPLE, 2)

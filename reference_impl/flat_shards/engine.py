@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,8 +151,20 @@ class FlatShards:
         weight_decay: Mapping[str, bool] | None = None,
         sequence_parallel: Sequence[str] = (),
     ) -> Layout:
-        """The layout of parameters over ranks; sorted if ``weight_decay`` is given."""
+        """The layout of parameters over ranks; sorted if ``weight_decay`` is given.
+
+        Raises ValueError for what :class:`FlatLayout` refuses, for ``tensor_dims`` or
+        ``sequence_parallel`` of a parameter that there is not, and unless ``weight_decay`` has
+        each parameter.
+        """
         dims = tensor_dims or {}
+        check_known("tensor_dims", dims, parameters)
+        check_known("sequence_parallel", sequence_parallel, parameters)
+        if weight_decay is not None:
+            check_known("weight_decay", weight_decay, parameters)
+            missing = [name for name in parameters if name not in weight_decay]
+            if missing:
+                raise ValueError(f"weight_decay lacks {', '.join(missing)}")
         metas = [
             ParameterMeta(
                 name,
@@ -187,3 +199,10 @@ class FlatShards:
             num_weight_buffers=buffers,
         )
         return self.sharded_type(model, optimizer, allow_no_grad)
+
+
+def check_known(what: str, names: Iterable[str], parameters: Container[str]) -> None:
+    """Raise ValueError that names what is none of the parameters."""
+    unknown = [name for name in names if name not in parameters]
+    if unknown:
+        raise ValueError(f"{what} has unknown names: {', '.join(unknown)}")
