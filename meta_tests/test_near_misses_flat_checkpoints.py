@@ -1,15 +1,17 @@
 """Subtle mistakes in checkpoints of sharded models that no catalogue lists."""
 
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from mutants import Broken
 
 from conformance.known_bugs.flat_checkpoints import with_files
-from reference_impl.flat_shards import checkpoint
-from reference_impl.flat_shards.checkpoint import METADATA, Reader, Writer
+from reference_impl.flat_shards import checkpoint, directories
+from reference_impl.flat_shards.checkpoint import Reader, Writer
 from reference_impl.flat_shards.config import ShardName
+from reference_impl.flat_shards.directories import METADATA
 from reference_impl.flat_shards.engine import FlatShards
 from reference_impl.flat_shards.model import MultiStageModel
 from reference_impl.stored import CheckpointError
@@ -321,9 +323,9 @@ class RemovedBeforeMetadata(Writer):
     """Files of the checkpoint before are removed when those of the next are there."""
 
     def finish(self, number, values):
-        if checkpoint.global_rank(self.model) == 0:
-            checkpoint.remove_old_files(self.directory, number)
-            checkpoint.write_metadata(self.directory, self.metadata(number, values))
+        if directories.global_rank(self.model) == 0:
+            directories.remove_old_files(self.directory, number)
+            directories.write_metadata(self.directory, self.metadata(number, values))
 
 
 @near("rank-dies")
@@ -355,7 +357,7 @@ class NothingThereIsANewRun(MultiStageModel):
     """Without a checkpoint in the directory a new run begins."""
 
     def load(self, directory):
-        if not (checkpoint.Path(directory) / METADATA).is_file():
+        if not (Path(directory) / METADATA).is_file():
             return {}
         return super().load(directory)
 

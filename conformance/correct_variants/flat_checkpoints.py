@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from conformance.correct_variants import correct_variant
-from reference_impl.flat_shards import checkpoint
+from reference_impl.flat_shards import directories, safe_load
 from reference_impl.flat_shards.checkpoint import Reader, Writer
 from reference_impl.flat_shards.config import ShardName
 from reference_impl.flat_shards.engine import FlatShards
@@ -236,9 +236,9 @@ class _WholeFiles(Reader):
                 buffer = torch.cat([tensors[key][begin : begin + size] for tensors in loaded])
                 for name, (first, last) in layout.table().items():
                     whole = buffer[first:last].view(layout.shape(name))
-                    checkpoint.check_finite(whole, self.directory, key, name)
+                    directories.check_finite(whole, self.directory, key, name)
                     values[shard_name][name] = whole
-        fresh = checkpoint.empty_shards(self.model)
+        fresh = safe_load.empty_shards(self.model)
         for unit in self.model.units:
             for shard_name, shard in fresh[unit.name].items():
                 for name in unit.layout.names:

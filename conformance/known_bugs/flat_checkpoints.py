@@ -6,16 +6,17 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
+import yaml
 from safetensors import safe_open
 
 from conformance.known_bugs import known_bug
-from reference_impl.flat_shards import checkpoint
-from reference_impl.flat_shards.checkpoint import METADATA, Reader, Writer
+from reference_impl.flat_shards import checkpoint, directories, safe_load
+from reference_impl.flat_shards.checkpoint import Reader, Writer
 from reference_impl.flat_shards.config import ShardName
+from reference_impl.flat_shards.directories import METADATA
 from reference_impl.flat_shards.engine import FlatShards
 from reference_impl.flat_shards.layout import FlatLayout
 from reference_impl.flat_shards.model import MultiStageModel
-from reference_impl.flat_shards.safe_load import SafeLoad
 
 
 def with_files(writer: type[Writer] = Writer, reader: type[Reader] = Reader):
@@ -190,8 +191,8 @@ class RemovedFirst(FlatShards):
     class writer(Writer):
         def prepare(self):
             number = super().prepare()
-            if checkpoint.global_rank(self.model) == 0:
-                checkpoint.remove_old_files(self.directory, number)
+            if directories.global_rank(self.model) == 0:
+                directories.remove_old_files(self.directory, number)
             return number
 
     model_type = with_files(writer)
@@ -207,11 +208,11 @@ class MetadataInPlace(FlatShards):
 
     class writer(Writer):
         def finish(self, number, values):
-            if checkpoint.global_rank(self.model) == 0:
+            if directories.global_rank(self.model) == 0:
                 metadata = self.metadata(number, values) | {"complete": True}
-                dump = checkpoint.yaml.safe_dump(metadata, sort_keys=False)
+                dump = yaml.safe_dump(metadata, sort_keys=False)
                 (self.directory / METADATA).write_text(dump)
-                checkpoint.remove_old_files(self.directory, number)
+                directories.remove_old_files(self.directory, number)
 
     model_type = with_files(writer)
 
@@ -230,8 +231,8 @@ class MetadataFirst(FlatShards):
             super().save(values)
 
         def write(self, number):
-            if checkpoint.global_rank(self.model) == 0:
-                checkpoint.write_metadata(self.directory, self.metadata(number, self.values))
+            if directories.global_rank(self.model) == 0:
+                directories.write_metadata(self.directory, self.metadata(number, self.values))
             super().write(number)
 
     model_type = with_files(writer)
@@ -247,7 +248,7 @@ class ExistingFilesKept(FlatShards):
 
     class writer(_InPlace):
         def write(self, number):
-            name = checkpoint.file_name(checkpoint.global_rank(self.model), number)
+            name = directories.file_name(directories.global_rank(self.model), number)
             before = self.directory / name
             kept = before.read_bytes() if before.exists() else b""
             super().write(number)
@@ -453,10 +454,10 @@ class TotalCountOnly(FlatShards):
         def read_shards(self, stored):
             if set(stored.parameters()) == set(self.model.parameter_names):
                 return super().read_shards(stored)
-            fresh = checkpoint.empty_shards(self.model)
+            fresh = safe_load.empty_shards(self.model)
             with ExitStack() as opened:
                 for unit in self.model.units:
-                    loading = SafeLoad(unit, self.model.state_shard_names)
+                    loading = safe_load.SafeLoad(unit, self.model.state_shard_names)
                     for number, path in enumerate(stored.files):
                         self.copy_from_file(unit, loading, stored, number, path, fresh, opened)
             return fresh
@@ -496,7 +497,7 @@ class ErrorOnOneRank(FlatShards):
 
     class reader(Reader):
         def load(self):
-            metadata = checkpoint.read_metadata(self.directory / METADATA)
+            metadata = directories.read_metadata(self.directory / METADATA)
             self.check_shards(metadata)
             self.put(self.read(metadata))
             return dict(metadata["values"])

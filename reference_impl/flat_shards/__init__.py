@@ -8,6 +8,7 @@
 ``optimizer``   torch's optimizers on shards, clipping by the global norm
 ``resharding``  shards of one number of ranks from those of another, in memory
 ``safe_load``   every element counted by name
+``directories`` files of a save, and how one save replaces another
 ``checkpoint``  one file a rank, read by any number of ranks
 ``state_dict``  whole tensors by name, the other format of checkpoints
 

@@ -1,9 +1,8 @@
 """Checkpoints of flat shards: one file a rank, read by any number of ranks.
 
 ``metadata.yaml`` says how the shards are laid out and names the files; ``rank_{r}.safetensors`` has
-one flat tensor ``{shard}_shard`` a shard. The metadata is written last and replaces the old one in one
-step, and files that it does not name are only then removed: whenever a save breaks off, the
-directory holds the checkpoint before it or the one after it.
+one flat tensor ``{shard}_shard`` a shard. How a save replaces another is for
+:mod:`reference_impl.flat_shards.directories` to say.
 
 Loading takes parameters by name. It reads the elements that this rank holds and no others, counts
 them, and changes the model only when every rank has all of its elements.
@@ -14,40 +13,39 @@ written alike and loaded by the same :func:`load`.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from reference_impl.flat_shards.config import ShardName
+from reference_impl.flat_shards.directories import (
+    FORMAT,
+    METADATA,
+    STATE_FORMAT,
+    DirectoryWriter,
+    agree_everywhere,
+    check_finite,
+    check_keys,
+    file_in,
+    file_name,
+    flush,
+    global_rank,
+    read_header,
+    read_metadata,
+)
 from reference_impl.flat_shards.layout import FlatLayout, Overlap, ParameterMeta, overlaps
 from reference_impl.flat_shards.model import MultiStageModel
-from reference_impl.flat_shards.safe_load import SafeLoad
+from reference_impl.flat_shards.safe_load import Fresh, SafeLoad, empty_shards
+from reference_impl.flat_shards.state_dict import read_state
 from reference_impl.flat_shards.unit import FlatUnit
-from reference_impl.ranks import agree
 from reference_impl.safetensors_files import DTYPES
 from reference_impl.stored import CheckpointError
-
-FORMAT = "flat_shards"
-STATE_FORMAT = "flat_shards_state"
-METADATA = "metadata.yaml"
-OWN_FILE = re.compile(r"(?:rank|model)_(\d+)(?:-(\d+))?\.safetensors")
-"""Number of the file, and of the save if the directory was saved to before."""
-# The pure-Python parser takes longer over the metadata of a small model than loading does.
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-YAML_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-
-Fresh = dict[str, dict[str, Tensor]]
-"""New shards by unit and shard name."""
 
 
 def save(model: MultiStageModel, directory: str | Path, values: Mapping[str, Any]) -> None:
@@ -70,52 +68,11 @@ def load(model: MultiStageModel, directory: str | Path) -> dict[str, Any]:
     return Reader(model, directory).load()
 
 
-def global_rank(model: MultiStageModel) -> int:
-    """The number of a rank's file: tensor-parallel ranks of one shard lie side by side."""
-    return model.ranks.rank * model.tensor.size + model.tensor.rank
-
-
-def agree_everywhere(model: MultiStageModel, error: Exception | None) -> None:
-    """Raise on every rank if there is an error on any."""
-    try:
-        agree(model.ranks, error)
-    except Exception as problem:
-        error = problem
-    agree(model.tensor, error)
-
-
 # Saving
 
 
-class Writer:
-    """Writes one checkpoint of a model."""
-
-    def __init__(self, model: MultiStageModel, directory: str | Path) -> None:
-        self.model = model
-        self.directory = Path(directory)
-
-    def save(self, values: Mapping[str, Any]) -> None:
-        """See :func:`save`."""
-        self.model._need_weights()
-        number = self.on_all_ranks(self.prepare) or 0
-        number = self.model.tensor.exchange(self.model.ranks.exchange(number)[0])[0]
-        self.on_all_ranks(self.write, number)
-        self.on_all_ranks(self.finish, number, values)
-
-    def on_all_ranks(self, step: Any, *arguments: Any) -> Any:
-        """What a step gives; raises on every rank if it cannot write on any."""
-        result, error = None, None
-        try:
-            result = step(*arguments)
-        except (OSError, SafetensorError) as problem:
-            error = CheckpointError(str(self.directory), f"cannot be written: {problem}")
-        agree_everywhere(self.model, error)
-        return result
-
-    def prepare(self) -> int:
-        """Make the directory; a number that no file of an earlier save in it has."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        return next_number(self.directory)
+class Writer(DirectoryWriter):
+    """Writes one checkpoint of flat shards."""
 
     def write(self, number: int) -> None:
         """Write this rank's file."""
@@ -128,12 +85,6 @@ class Writer:
         """What this rank's file holds."""
         names = self.model.state_shard_names
         return {f"{name}_shard": self.model.get_shard(name) for name in names}
-
-    def finish(self, number: int, values: Mapping[str, Any]) -> None:
-        """On the first rank: put the metadata in place, and remove what it does not name."""
-        if global_rank(self.model) == 0:
-            write_metadata(self.directory, self.metadata(number, values))
-            remove_old_files(self.directory, number)
 
     def metadata(self, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """What ``metadata.yaml`` says."""
@@ -152,51 +103,10 @@ class Writer:
         }
 
 
-def next_number(directory: Path) -> int:
-    """A number that no file of an earlier save has."""
-    found = [OWN_FILE.fullmatch(path.name) for path in directory.iterdir()]
-    return max((int(match[2] or 0) + 1 for match in found if match), default=0)
-
-
-def file_name(index: int, number: int, kind: str = "rank") -> str:
-    """The name of a file of a save; plain in a directory that holds no earlier one."""
-    return f"{kind}_{index}-{number}.safetensors" if number else f"{kind}_{index}.safetensors"
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or a directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def unit_metadata(unit: FlatUnit) -> dict[str, Any]:
     """How the parameters of a unit lie in its shard."""
     parameters = [asdict(p) | {"shape": list(p.shape)} for p in unit.layout.parameters]
     return {"name": unit.name, "trainable": unit.trainable, "parameters": parameters}
-
-
-def write_metadata(directory: Path, metadata: Mapping[str, Any]) -> None:
-    """Put the metadata in place, in one step: from here on the new checkpoint is the one.
-
-    Its last line tells it from a file that was cut off behind a whole line.
-    """
-    fresh = directory / f"{METADATA}.new"
-    text = yaml.dump(dict(metadata) | {"complete": True}, Dumper=YAML_DUMPER, sort_keys=False)
-    fresh.write_text(text)
-    flush(fresh)
-    fresh.replace(directory / METADATA)
-    flush(directory)
-
-
-def remove_old_files(directory: Path, number: int) -> None:
-    """Remove the files of other saves, finished or not."""
-    for path in directory.iterdir():
-        match = OWN_FILE.fullmatch(path.name)
-        if match and int(match[2] or 0) != number:
-            path.unlink(missing_ok=True)
 
 
 # Reading
@@ -261,64 +171,6 @@ def stored_units(metadata: Mapping[str, Any], lengths: dict[str, int]) -> tuple[
     return tuple(units)
 
 
-def file_in(directory: Path, name: Any) -> Path:
-    """A file of the directory itself; raises :class:`CheckpointError` for any other."""
-    if not isinstance(name, str) or not OWN_FILE.fullmatch(name):
-        raise CheckpointError(str(directory / METADATA), f"names a file {name!r}")
-    return directory / name
-
-
-KEYS: dict[str, dict[str, type]] = {
-    FORMAT: {"ranks": int, "tensor_ranks": int, "dtype": str, "files": list, "units": list},
-    STATE_FORMAT: {"state_index": dict, "frozen": list},
-}
-"""What the metadata of a format has besides what both have."""
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata; raises :class:`CheckpointError` for a file that is missing or another's."""
-    try:
-        metadata = yaml.load(path.read_text(), YAML_LOADER)
-    except OSError as error:
-        raise CheckpointError(str(path), f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(str(path), "is no YAML") from error
-    if not isinstance(metadata, dict) or metadata.get("format") not in KEYS:
-        raise CheckpointError(str(path), f"is not the metadata of {' or '.join(KEYS)}")
-    wanted = {"shards": list, "values": dict, "tied": dict} | KEYS[metadata["format"]]
-    for key, kind in wanted.items():
-        if not isinstance(metadata.get(key), kind):
-            raise CheckpointError(str(path), f"expected {kind.__name__}", key=key)
-    if metadata.get("complete") is not True:
-        raise CheckpointError(str(path), "is truncated: its last line is missing")
-    return metadata
-
-
-Header = dict[str, tuple[list[int], str]]
-"""Shape and dtype of each tensor of a file."""
-
-
-def read_header(path: Path) -> tuple[Header, dict[str, str]]:
-    """The header of a file, and its own metadata; raises :class:`CheckpointError`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            header = {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
-            return header, dict(file.metadata() or {})
-    except FileNotFoundError as error:
-        raise CheckpointError(str(path), "is missing") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(str(path), f"is truncated or damaged: {error}") from error
-
-
-def check_keys(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise :class:`CheckpointError` that names a key that is missing or unknown."""
-    for key in sorted(expected.keys() - found.keys()):
-        raise CheckpointError(str(path), "is missing", key=key)
-    for key in sorted(found.keys() - expected.keys()):
-        raise CheckpointError(str(path), "is unknown", key=key)
-
-
 def check_header(path: Path, rank: int, lengths: Mapping[str, int], dtype: str) -> None:
     """Raise :class:`CheckpointError` unless a rank's file holds its shards and nothing else."""
     expected = {f"{name}_shard": length for name, length in lengths.items()}
@@ -333,15 +185,6 @@ def check_header(path: Path, rank: int, lengths: Mapping[str, int], dtype: str) 
             raise CheckpointError(str(path), problem, key=key)
         if str(DTYPES.get(stored)) != f"torch.{dtype}":
             raise CheckpointError(str(path), f"has dtype {stored}, expected {dtype}", key=key)
-
-
-def check_finite(part: Tensor, path: Path, key: str, name: str) -> Tensor:
-    """``part``; raises :class:`CheckpointError` if one of its elements is not finite."""
-    if not bool(part.isfinite().all()):
-        number = int((~part.isfinite()).sum())
-        problem = f"{number} elements of {name} are not finite"
-        raise CheckpointError(str(path), problem, key=key)
-    return part
 
 
 # Loading
@@ -380,8 +223,6 @@ class Reader:
     def read(self, metadata: Mapping[str, Any]) -> Fresh:
         """This rank's shards, new ones; raises :class:`CheckpointError` if they are not all there."""
         if metadata["format"] == STATE_FORMAT:
-            from reference_impl.flat_shards.state_dict import read_state
-
             return read_state(self.model, self.directory, metadata)
         stored = StoredShards.open(self.directory, metadata)
         self.check_parameters(stored)
@@ -458,11 +299,3 @@ class Reader:
         key = f"{shard_name}_shard"
         part = file.get_slice(key)[begin : begin + overlap.count]
         return check_finite(part, path, key, overlap.name)
-
-
-def empty_shards(model: MultiStageModel) -> Fresh:
-    """New shards of zeros: all that a checkpoint has."""
-    return {
-        unit.name: {name: torch.zeros_like(unit.shards[name]) for name in model.state_shard_names}
-        for unit in model.units
-    }

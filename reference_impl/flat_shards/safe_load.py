@@ -1,13 +1,28 @@
-"""Counting what is loaded: every element of every parameter once, by name."""
+"""New shards, and counting what is loaded into them: every element of every parameter once, by name."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from reference_impl.flat_shards.layout import Overlap
+from reference_impl.flat_shards.model import MultiStageModel
 from reference_impl.flat_shards.unit import FlatUnit
 from reference_impl.stored import CheckpointError
+
+Fresh = dict[str, dict[str, Tensor]]
+"""New shards by unit and shard name."""
+
+
+def empty_shards(model: MultiStageModel) -> Fresh:
+    """New shards of zeros: all that a checkpoint has."""
+    return {
+        unit.name: {name: torch.zeros_like(unit.shards[name]) for name in model.state_shard_names}
+        for unit in model.units
+    }
 
 
 class SafeLoad:

@@ -18,24 +18,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reference_impl.flat_shards.checkpoint import (
+from reference_impl.flat_shards.config import ShardName
+from reference_impl.flat_shards.directories import (
     METADATA,
     STATE_FORMAT,
-    Fresh,
-    Writer,
+    DirectoryWriter,
     check_finite,
     check_keys,
-    empty_shards,
     file_in,
     file_name,
     flush,
     global_rank,
     read_header,
 )
-from reference_impl.flat_shards.config import ShardName
 from reference_impl.flat_shards.layout import Overlap
 from reference_impl.flat_shards.model import MultiStageModel
-from reference_impl.flat_shards.safe_load import SafeLoad
+from reference_impl.flat_shards.safe_load import Fresh, SafeLoad, empty_shards
 from reference_impl.flat_shards.unit import FlatUnit
 from reference_impl.stored import CheckpointError
 
@@ -49,7 +47,7 @@ def save_state_dict(model: MultiStageModel, directory: str | Path, **values: Any
     StateWriter(model, directory).save(values)
 
 
-class StateWriter(Writer):
+class StateWriter(DirectoryWriter):
     """Writes one checkpoint of whole tensors."""
 
     def save(self, values: Mapping[str, Any]) -> None:
