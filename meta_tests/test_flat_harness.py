@@ -6,6 +6,7 @@ import torch
 
 from conformance.harness import profiles
 from conformance.harness.failures import ConformanceFailure
+from conformance.harness.flat_checkpoints import Attempt, packed, unpacked
 from conformance.harness.requirement import all_requirements
 from reference_impl.flat_shards.engine import FlatShards, Sharded
 
@@ -47,3 +48,13 @@ def test_wrong_results_are_failures_and_not_errors_of_the_suite(name, value, slu
     with profiles.temporarily(one), pytest.raises(ConformanceFailure) as caught:
         all_requirements()[f"flat_shards.{slug}"].check(giving(name, value))
     assert says in caught.value.summary
+
+
+def test_a_name_that_a_rank_did_not_give_is_a_failure():
+    """Also of what came from another process."""
+    given = {"0.weight": torch.ones(2)}
+    attempt = Attempt(None, given, given)
+    for found in (unpacked(packed(given)), unpacked(packed(attempt)).parameters):
+        assert torch.equal(found["0.weight"], given["0.weight"])
+        with pytest.raises(ConformanceFailure, match=r"there is no 1\.bias among 0\.weight"):
+            found["1.bias"]

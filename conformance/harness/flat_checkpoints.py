@@ -31,7 +31,7 @@ from conformance.harness.flat_cases import FROZEN, SGD, FlatCase
 from conformance.harness.flat_checks import assert_names, assert_parameters, initial
 from conformance.harness.flat_oracle import MAX_NORM, whole
 from conformance.harness.flat_programs import load_optimizers
-from conformance.harness.flat_subject import Driver, make
+from conformance.harness.flat_subject import ByName, Driver, make
 from conformance.harness.qwen2_cases import as_strategy
 from conformance.harness.rank_pool import PATIENCE, on_ranks, under_torchrun
 from conformance.harness.requirement import current_tally
@@ -338,11 +338,11 @@ def packed(found: Any) -> Any:
 
 
 def unpacked(found: Any) -> Any:
-    """What :func:`packed` had packed."""
+    """What :func:`packed` had packed; a name that a mapping lacks is a failure, as it was there."""
     if isinstance(found, np.ndarray):
         return torch.from_numpy(found)
     if isinstance(found, dict):
-        return {name: unpacked(each) for name, each in found.items()}
+        return ByName((name, unpacked(each)) for name, each in found.items())
     if isinstance(found, Attempt):
         return Attempt(found.error, unpacked(found.parameters), unpacked(found.later))
     return found
