@@ -34,8 +34,9 @@ class Whole:
 
     ``outputs {rank} {batch}``, of every batch that the steps take in turn; those of the first step
     belong to the initial parameters. ``gradient {name} {step}`` are means over the ranks, before
-    clipping, and ``clipped {name} {step}`` after it; ``gradient {name}`` are those of the first step.
-    ``parameter {name} {steps}`` follow that many steps, and ``change {name}`` is what all did.
+    clipping. ``parameter {name} {steps}`` follow that many steps, and ``change {name}`` is what all
+    steps did; only of a case with an optimizer. ``norm {step}``, [1], and ``clipped {name} {step}``
+    are the norm of a step's gradients before clipping and the gradients after it; only with clipping.
     """
 
     values: dict[str, Tensor]
@@ -59,10 +60,9 @@ class Whole:
 
 @remembered
 def whole(call: Call, clipped: bool = False) -> Whole:
-    """The oracle of a call: outputs, gradients of the first step, and parameters after each step.
+    """The oracle of a call: outputs and gradients of each step, and parameters after it.
 
-    With ``clipped`` every step clips gradients to ``MAX_NORM`` first; ``norm {step}`` are their
-    norms before.
+    With ``clipped`` every step clips gradients to ``MAX_NORM`` first.
     """
     generator = torch.Generator().manual_seed(call.case.seed + 1)
     model = copy.deepcopy(nn.Sequential(*call.named("modules"))).to(torch.float64)
@@ -150,8 +150,7 @@ def run(
                 found[f"parameter {name} {step + 1}"] = parameter.detach().clone()
     if optimizer:
         found |= {f"change {n}": p.detach() - initial[n] for n, p in parameters.items()}
-    first = {name: value for name, value in found.items() if name.startswith("gradient")}
-    return found | {n.removesuffix(" 0"): g for n, g in first.items() if n.endswith(" 0")}
+    return found
 
 
 def pass_through(
