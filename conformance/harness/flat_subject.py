@@ -63,10 +63,6 @@ class Driver:
         """Copies of :meth:`full_parameters`."""
         return as_tensors(self.full_parameters(), "full_parameters()")
 
-    def gradients(self) -> ByName:
-        """Copies of :meth:`full_gradients`."""
-        return as_tensors(self.full_gradients(), "full_gradients()")
-
     def micro_batch(self, x: Tensor, upstream: Tensor, *, last: bool) -> Tensor:
         """Forward and backward pass of one batch; the output."""
         with torch.enable_grad():
@@ -74,32 +70,6 @@ class Driver:
             loss = (out.to(torch.promote_types(out.dtype, torch.float32)) * upstream).sum()
             self.backward(loss, last=last)
         return out.detach().clone()
-
-    def batches(self, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
-        """Several micro-batches, the gradients of which are complete after the last; the outputs."""
-        last = len(inputs) - 1
-        return [
-            self.micro_batch(x, u, last=number == last)
-            for number, (x, u) in enumerate(zip(inputs, upstream))
-        ]
-
-    def train(
-        self,
-        inputs: Sequence[Tensor],
-        upstream: Sequence[Tensor],
-        steps: int,
-        *,
-        max_norm: float | None = None,
-    ) -> list[float]:
-        """Steps of as many micro-batches each; the norms of gradients where they are clipped."""
-        each, norms = len(inputs) // steps, []
-        for step in range(steps):
-            part = slice(step * each, (step + 1) * each)
-            self.batches(inputs[part], upstream[part])
-            if max_norm is not None:
-                norms.append(float(self.clip_gradients(max_norm)))
-            self.step()
-        return norms
 
 
 class ByName(dict):
