@@ -28,6 +28,7 @@ from conformance.harness.flat_buffer_checks import (
     assert_views,
 )
 from conformance.harness.flat_cases import ADAMW, SGD, flat_cases
+from conformance.harness.flat_checkpoint_cases import checkpoint_cases, small_cases
 from conformance.harness.flat_checkpoints import (
     assert_files_not_needed,
     assert_inference,
@@ -45,8 +46,6 @@ from conformance.harness.flat_checkpoints import (
     assert_step_after,
     assert_stored_values,
     assert_two_directories,
-    checkpoint_cases,
-    small_cases,
 )
 from conformance.harness.flat_checks import (
     assert_changes,

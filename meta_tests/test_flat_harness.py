@@ -6,7 +6,7 @@ import torch
 
 from conformance.harness import profiles
 from conformance.harness.failures import ConformanceFailure
-from conformance.harness.flat_checkpoints import Attempt, packed, unpacked
+from conformance.harness.flat_stories import Attempt, packed, unpacked
 from conformance.harness.requirement import all_requirements
 from reference_impl.flat_shards.engine import FlatShards, Sharded
 

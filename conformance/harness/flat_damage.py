@@ -25,18 +25,10 @@ from torch import Tensor, nn
 
 from conformance.harness.calls import Call
 from conformance.harness.failures import ConformanceFailure, Inconclusive, NotRun, failing_at
-from conformance.harness.flat_checkpoints import (
-    OTHER_VALUES,
-    Attempt,
-    CheckpointCall,
-    CheckpointCase,
-    Session,
-    Story,
-    done_once,
-    files_of,
-    folder,
-)
+from conformance.harness.flat_checkpoint_cases import CheckpointCall, CheckpointCase
 from conformance.harness.flat_checks import assert_parameters
+from conformance.harness.flat_folders import done_once, files_of, folder
+from conformance.harness.flat_stories import OTHER_VALUES, Attempt, Session, Story
 from conformance.harness.rank_pool import DIED, forked, on_ranks, under_torchrun
 from conformance.harness.requirement import current_tally
 from conformance.harness.subject import Subject, bitwise_equal
