@@ -84,6 +84,7 @@ def test_near_miss_is_caught(name):
     broken = NEAR_FLAT[name]
     failure = broken.fails()
     assert failure is not None, f"{broken.breaks} passes although: {broken.wrong}"
+    assert not failure.kind.startswith("raised"), f"the near miss crashes: {failure.summary}"
 
 
 # What is read
