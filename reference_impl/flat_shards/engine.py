@@ -154,8 +154,8 @@ class FlatShards:
         """The layout of parameters over ranks; sorted if ``weight_decay`` is given.
 
         Raises ValueError for what :class:`FlatLayout` refuses, for ``tensor_dims`` or
-        ``sequence_parallel`` of a parameter that there is not, and unless ``weight_decay`` has
-        each parameter.
+        ``sequence_parallel`` of a parameter that there is not, and for a ``weight_decay`` that is
+        not of each parameter and of no other.
         """
         dims = tensor_dims or {}
         check_known("tensor_dims", dims, parameters)
