@@ -14,7 +14,10 @@ from reference_impl.qwen2.engine import CausalLM
 from reference_impl.qwen2.parallel_linear import ParallelLinear
 from reference_impl.rotary import Rotary, RotaryModule
 from reference_impl.shared_core.block import SharedCoreBlock
+from reference_impl.shared_core.checkpoint import CompressedCheckpoint
+from reference_impl.shared_core.fit import SharedCoreFit
 from reference_impl.shared_core.layer import SharedCore
+from reference_impl.shared_core.statistics import CompressionStatistics
 
 
 class Reference(
@@ -26,6 +29,9 @@ class Reference(
     MoEBlock,
     SharedCore,
     SharedCoreBlock,
+    SharedCoreFit,
+    CompressionStatistics,
+    CompressedCheckpoint,
 ):
     """Offers every contract."""
 
