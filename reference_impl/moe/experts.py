@@ -47,12 +47,12 @@ class Experts:
         if weight_on_input:
             x_PH = self.weighted(x_PH, weights_P1).to(hidden.dtype)
         gate_EIH, up_EIH = self.gate_and_up(gate_up_proj, layout)
-        out_PH = self.run(
+        out_PH = self.through_experts(
             x_PH, indices[tokens_P, slots_P], gate_EIH, up_EIH, down_proj, ACTIVATIONS[activation]
         )
         if not weight_on_input:
             out_PH = self.weighted(out_PH, weights_P1)
-        return self.combine(out_PH, tokens_P, hidden)
+        return self.sum_slots(out_PH, tokens_P, hidden)
 
     def weighted(self, x_PH: Tensor, weights_P1: Tensor) -> Tensor:
         """Rows times their weights, in float32 at least."""
@@ -66,7 +66,7 @@ class Experts:
         gate_EIH, up_EIH = gate_up_proj.chunk(2, dim=1)
         return gate_EIH, up_EIH
 
-    def run(
+    def through_experts(
         self,
         x_PH: Tensor,
         experts_P: Tensor,
@@ -77,14 +77,15 @@ class Experts:
     ) -> Tensor:
         """Each row [P, H] through its expert, in the order of the rows."""
         out_PH = torch.zeros_like(x_PH)
-        for expert in experts_P.unique().tolist():
+        # Experts without rows too: so they have gradients, of zero, also where none has any.
+        for expert in range(len(down_EHI)):
             rows = (experts_P == expert).nonzero()[:, 0]
             x = x_PH[rows]
             h = activation(F.linear(x, gate_EIH[expert])) * F.linear(x, up_EIH[expert])
             out_PH = out_PH.index_copy(0, rows, F.linear(h, down_EHI[expert]))
         return out_PH
 
-    def combine(self, out_PH: Tensor, tokens_P: Tensor, hidden: Tensor) -> Tensor:
+    def sum_slots(self, out_PH: Tensor, tokens_P: Tensor, hidden: Tensor) -> Tensor:
         """The sum of each token's rows, in float32 at least, rounded once to the dtype of hidden."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         out_TH = out_PH.new_zeros(hidden.shape, dtype=wide).index_add(0, tokens_P, out_PH.to(wide))
@@ -94,8 +95,8 @@ class Experts:
 class BatchedExperts(Experts):
     """Every pair has its own copy of its expert's weights, in one batched product."""
 
-    def run(self, x_PH, experts_P, gate_EIH, up_EIH, down_EHI, activation):
-        """See :meth:`Experts.run`."""
+    def through_experts(self, x_PH, experts_P, gate_EIH, up_EIH, down_EHI, activation):
+        """See :meth:`Experts.through_experts`."""
         x_PH1 = x_PH[..., None]
         h_PI1 = activation(gate_EIH[experts_P] @ x_PH1) * (up_EIH[experts_P] @ x_PH1)
         return (down_EHI[experts_P] @ h_PI1)[..., 0]
@@ -104,10 +105,8 @@ class BatchedExperts(Experts):
 class GroupedExperts(Experts):
     """Pairs are sorted by expert, and each projection is one grouped product."""
 
-    def run(self, x_PH, experts_P, gate_EIH, up_EIH, down_EHI, activation):
-        """See :meth:`Experts.run`."""
-        if not len(x_PH):
-            return torch.zeros_like(x_PH)
+    def through_experts(self, x_PH, experts_P, gate_EIH, up_EIH, down_EHI, activation):
+        """See :meth:`Experts.through_experts`."""
         order = experts_P.argsort(stable=True)
         ends_E = experts_P.bincount(minlength=len(down_EHI)).cumsum(0).int()
         product = partial(grouped_product, ends_E=ends_E)
