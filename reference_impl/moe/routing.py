@@ -25,17 +25,17 @@ class MoERouter:
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
         """See :class:`conformance.contracts.MoERouter`; weights are in float32 or wider."""
         check_routing(logits.shape[-1], top_k, score, selection_bias, groups)
-        scores_TE = self.scores(logits, score)
+        scores_TE = self.expert_scores(logits, score)
         with torch.no_grad():
             ranked_TE = self.selection_scores(scores_TE, selection_bias)
-            allowed_TE = self.allowed(ranked_TE, groups, biased=selection_bias is not None)
-            indices_TK = self.choose(ranked_TE, allowed_TE, top_k)
-        weights_TK = self.weights(scores_TE, indices_TK, normalize) * scaling_factor
+            allowed_TE = self.allowed_experts(ranked_TE, groups, biased=selection_bias is not None)
+            indices_TK = self.best(ranked_TE, allowed_TE, top_k)
+        weights_TK = self.expert_weights(scores_TE, indices_TK, normalize) * scaling_factor
         if return_balancing_loss:
             return weights_TK, indices_TK, self.balancing_loss(logits, indices_TK)
         return weights_TK, indices_TK
 
-    def scores(self, logits: Tensor, score: str) -> Tensor:
+    def expert_scores(self, logits: Tensor, score: str) -> Tensor:
         """Scores [T, E] in float32 at least: a 16-bit softmax cannot tell close experts apart."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.softmax(-1) if score == "softmax" else logits.sigmoid()
@@ -44,7 +44,9 @@ class MoERouter:
         """What experts are chosen by."""
         return scores_TE if bias is None else scores_TE + bias.to(scores_TE)
 
-    def allowed(self, ranked_TE: Tensor, groups: tuple[int, int] | None, *, biased: bool) -> Tensor:
+    def allowed_experts(
+        self, ranked_TE: Tensor, groups: tuple[int, int] | None, *, biased: bool
+    ) -> Tensor:
         """Which experts may be chosen, bool [T, E]: those of the best groups."""
         if groups is None:
             return torch.ones_like(ranked_TE, dtype=torch.bool)
@@ -52,11 +54,11 @@ class MoERouter:
         ranked_TGM = ranked_TE.unflatten(-1, (number, -1))
         best = min(2, ranked_TGM.shape[-1]) if biased else 1
         worth_TG = ranked_TGM.topk(best, dim=-1).values.sum(-1)
-        chosen = self.choose(worth_TG, torch.ones_like(worth_TG, dtype=torch.bool), kept)
+        chosen = self.best(worth_TG, torch.ones_like(worth_TG, dtype=torch.bool), kept)
         allowed_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter(-1, chosen, True)
         return allowed_TG[..., None].expand_as(ranked_TGM).flatten(-2)
 
-    def choose(self, ranked_TE: Tensor, allowed_TE: Tensor, top_k: int) -> Tensor:
+    def best(self, ranked_TE: Tensor, allowed_TE: Tensor, top_k: int) -> Tensor:
         """The experts [T, K] with the largest scores; of equal ones those with the lowest index.
 
         A stable sort, because ``torch.topk`` does not say which of equal ones it takes.
@@ -64,7 +66,7 @@ class MoERouter:
         ranked_TE = ranked_TE.masked_fill(~allowed_TE, -torch.inf)
         return ranked_TE.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
 
-    def weights(self, scores_TE: Tensor, indices_TK: Tensor, normalize: bool) -> Tensor:
+    def expert_weights(self, scores_TE: Tensor, indices_TK: Tensor, normalize: bool) -> Tensor:
         """The scores of the chosen experts, without any bias they were chosen by."""
         weights_TK = scores_TE.gather(-1, indices_TK)
         return weights_TK / weights_TK.sum(-1, keepdim=True) if normalize else weights_TK
@@ -72,7 +74,7 @@ class MoERouter:
     def balancing_loss(self, logits: Tensor, indices_TK: Tensor) -> Tensor:
         """experts · Σₑ fₑ Pₑ, both averaged over tokens; zero for no tokens."""
         tokens, experts = logits.shape
-        probabilities_TE = self.scores(logits, "softmax")
+        probabilities_TE = self.expert_scores(logits, "softmax")
         slots_E = indices_TK.flatten().bincount(minlength=experts).to(probabilities_TE)
         tokens = max(tokens, 1)
         return experts * (slots_E / tokens * (probabilities_TE.sum(0) / tokens)).sum()
