@@ -342,7 +342,7 @@ def test_fold_gives_the_weights(shared_core, case):
 @requirement("shared_core.fold.axes", source=ALGEBRA)
 @given(case=core_cases(experts=st.sampled_from([5, 7]), rank=st.sampled_from([2, 3])))
 def test_fold_has_expert_and_rank_on_their_own_axes(shared_core, case):
-    """Each expert has its own columns of A [experts, d_out, 2 · rank] and rows of B, none of another."""
+    """Each expert has columns of A [experts, d_out, 2 · rank] and rows of B that are its own."""
     assert_fold(shared_core, case)
 
 
