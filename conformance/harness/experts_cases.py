@@ -50,7 +50,7 @@ WEIGHTS = {
     "far from one": "weights = torch.tensor([0.1, 0.5, 2, -0.7, 3])"
     "[torch.randint(5, ({T}, {K}), generator=g)]",
     "some zero": "weights = torch.tensor([0, 0.5, 2])[torch.randint(3, ({T}, {K}), generator=g)]",
-    "small": "weights = (1 + torch.rand({T}, {K}, generator=g)) / {K}",
+    "even": "weights = torch.full(({T}, {K}), 1 / {K})",
     "one": "weights = torch.ones({T}, {K})",
 }
 INTEGER_WEIGHTS = WEIGHTS | {
