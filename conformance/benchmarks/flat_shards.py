@@ -21,16 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from conformance.benchmarks.machine import machine, memory, rounded, warm_up
+from conformance.benchmarks.phases import Options, Record, finish, run_phase
 
 BARS = {"restore": 1.3, "reshard": 2.0}
 """Seconds over those of a copy of as many bytes."""
@@ -40,9 +38,6 @@ BILLIONS = 2_804_643_712
 LAYOUT_RANKS = (64, 48)
 PARTS = (("restore", 2), ("restore", 3), ("reshard", 2, 3), ("reshard", 3, 2))
 MIB = 2**20
-
-Options = dict[str, Any]
-Record = dict[str, Any]
 
 
 # In a process of its own
@@ -238,19 +233,6 @@ def measured(phase: str, options: Options) -> Record:
 # The process of the command line
 
 
-def run_phase(phase: str, options: Options) -> Record:
-    """What a phase gives in a fresh process."""
-    command = [sys.executable, "-m", __spec__.name, "--phase", phase, json.dumps(options)]
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    if done.returncode:
-        raise RuntimeError(f"the phase {phase} ended with status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def summary(name: str, ranks: tuple[int, ...], found: Record) -> Record:
     """Medians of a part's seconds and of their ratios within a round."""
     rounds = found["rounds"]
@@ -269,9 +251,10 @@ def summary(name: str, ranks: tuple[int, ...], found: Record) -> Record:
 def run(options: Options) -> Record:
     """The whole record: the machine, the options, the layout, and one entry a part."""
     said = machine()  # before the benchmark itself makes the load
-    laid_out = run_phase("layout", options)
+    laid_out = run_phase(__spec__.name, "layout", options)
     parts = [
-        summary(name, ranks, run_phase(name, {**options, "part": ranks})) for name, *ranks in PARTS
+        summary(name, ranks, run_phase(__spec__.name, name, {**options, "part": ranks}))
+        for name, *ranks in PARTS
     ]
     return {
         "benchmark": "flat_shards",
@@ -332,9 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     output = chosen.pop("output")
     del chosen["phase"]
     record = run(chosen)
-    print(table(record))
-    if output is not None:
-        output.write_text(json.dumps(record, indent=2) + "\n")
+    finish(record, table(record), output)
     right = record["layout"]["right"] and all(part["right"] for part in record["parts"])
     return 0 if right and all(part["within_bar"] for part in record["parts"]) else 1
 

@@ -21,8 +21,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance.benchmarks.machine import machine, memory, rounded, warm_up
+from conformance.benchmarks.phases import Options, Record, finish, run_phase
 
 BAR = 2.5
 """Peak memory of the whole process over the size of the file."""
@@ -46,9 +45,6 @@ WORLD_SIZE = 8
 MIB = 2**20
 
 CONTESTANTS = ("implementation", "torch.load", "load_state_dict")
-
-Options = dict[str, Any]
-Record = dict[str, Any]
 
 
 # In a process of its own
@@ -195,26 +191,13 @@ PHASES = {
 # The process of the command line
 
 
-def run_phase(phase: str, options: Options) -> Record:
-    """What a phase gives in a fresh process; its progress bar is seen on stderr."""
-    command = [sys.executable, "-m", __spec__.name, "--phase", phase, json.dumps(options)]
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    if done.returncode:
-        raise RuntimeError(f"the phase {phase} ended with status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def run_variant(options: Options) -> Record:
     """Write one checkpoint, load it in every way in turns, delete it."""
     with tempfile.TemporaryDirectory(dir=options["folder"], prefix="gpt_checkpoint.") as folder:
         options = {**options, "path": str(Path(folder) / "best_state_step000010_val3.3000.pt")}
-        file = run_phase("write", options)
+        file = run_phase(__spec__.name, "write", options)
         rounds = [
-            {phase: run_phase(phase, options) for phase in CONTESTANTS}
+            {phase: run_phase(__spec__.name, phase, options) for phase in CONTESTANTS}
             for _ in range(options["rounds"])
         ]
     return {"dtype": options["dtype"], "file": file, **summary(file, rounds), "rounds": rounds}
@@ -331,9 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
     output, dtype = chosen.pop("output"), chosen.pop("dtype")
     del chosen["phase"]
     record = run({**chosen, "dtypes": list(EMBEDDING_DTYPES) if dtype == "both" else [dtype]})
-    print(table(record))
-    if output is not None:
-        output.write_text(json.dumps(record, indent=2) + "\n")
+    finish(record, table(record), output)
     good = all(variant["within_bar"] and variant["finite"] for variant in record["variants"])
     return 0 if good else 1
 

@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from conformance.benchmarks.machine import machine, memory, rounded, warm_up
+from conformance.benchmarks.phases import Options, Record, finish, result_of, start_phase
 
 BARS = {"bytes_read": 0.55, "memory_added": 0.60}
 """Of a rank of two, over those of one rank alone."""
@@ -37,9 +34,6 @@ SHAPE = {
     "num_key_value_heads": 2,
 }
 """Of Qwen2.5-0.5B."""
-
-Options = dict[str, Any]
-Record = dict[str, Any]
 
 
 # In a process of its own
@@ -136,33 +130,18 @@ PHASES = {"write": write, "bare": bare, "rank": rank}
 # The process of the command line
 
 
-def start_phase(phase: str, options: Options) -> subprocess.Popen:
-    """A fresh process that does a phase."""
-    command = [sys.executable, "-m", __spec__.name, "--phase", phase, json.dumps(options)]
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def result_of(process: subprocess.Popen) -> Record:
-    """What the phase gives."""
-    out, _ = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"a phase ended with status {process.returncode}")
-    return json.loads(out.splitlines()[-1])
-
-
 def run(options: Options) -> Record:
     """The whole record: the machine, the options, each rank, and the ratios."""
     found = machine()  # before the benchmark itself makes the load
     with tempfile.TemporaryDirectory(dir=options["folder"], prefix="qwen2_loading.") as folder:
         options = {**options, "path": folder}
-        file = result_of(start_phase("write", options))
-        empty = result_of(start_phase("bare", options))
-        one = result_of(start_phase("rank", {**options, "ranks": 1, "rank": 0}))
+        file = result_of(start_phase(__spec__.name, "write", options))
+        empty = result_of(start_phase(__spec__.name, "bare", options))
+        one = result_of(start_phase(__spec__.name, "rank", {**options, "ranks": 1, "rank": 0}))
         ranks = [
-            start_phase("rank", {**options, "ranks": options["ranks"], "rank": number})
+            start_phase(
+                __spec__.name, "rank", {**options, "ranks": options["ranks"], "rank": number}
+            )
             for number in range(options["ranks"])
         ]
         several = [result_of(process) for process in ranks]
@@ -235,9 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     layers, vocabulary = chosen.pop("layers"), chosen.pop("vocabulary")
     shape = SHAPE | {"num_hidden_layers": layers, "vocab_size": vocabulary}
     record = run({**chosen, "shape": shape})
-    print(table(record))
-    if output is not None:
-        output.write_text(json.dumps(record, indent=2) + "\n")
+    finish(record, table(record), output)
     return 0 if record["within_bars"] and record["finite"] else 1
 
 
