@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reference_impl.shared_core.layer import FACTORS
 
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 22
 """Bytes of the experts that are computed at once: their few temporaries stay in a cache."""
 
 
@@ -58,12 +58,13 @@ class SharedCoreFit:
         check_fit(experts, rank, num_steps, lr)
         experts_EOD = experts.detach().to(torch.float32)
         factors = self.start(experts_EOD, rank, seed)
-        history = [squared_error(experts_EOD, factors)]
+        room_EOD = room_for(experts_EOD)
+        history = [squared_error(experts_EOD, factors, room_EOD)]
         kept = Kept(factors, history[0])
-        optimizer = torch.optim.Adam(list(factors.values()), lr=lr)
+        optimizer = torch.optim.Adam(list(factors.values()), lr=lr, fused=True)
         for step in steps(num_steps, progress):
             optimizer.param_groups[0]["lr"] = self.step_size(lr, step, num_steps)
-            loss = error_and_gradients(experts_EOD, factors)
+            loss = error_and_gradients(experts_EOD, factors, room_EOD)
             if step:
                 history.append(loss)
                 self.keep(kept, factors, loss)
@@ -72,7 +73,7 @@ class SharedCoreFit:
             optimizer.step()
         else:
             if num_steps:
-                history.append(squared_error(experts_EOD, factors))
+                history.append(squared_error(experts_EOD, factors, room_EOD))
                 self.keep(kept, factors, history[-1])
         return FittedCore(**kept.factors, history=tuple(history))
 
@@ -121,49 +122,91 @@ def chunks(experts_EOD: Tensor) -> Iterator[slice]:
         yield slice(begin, begin + size)
 
 
-def products(experts_EOD: Tensor, factors: dict[str, Tensor], part: slice) -> tuple[Tensor, ...]:
-    """Of some experts: C U_in, M = C (I + U_in V_inᵀ), V_outᵀ M, and the residual Ŵ − W."""
+@dataclass(frozen=True)
+class Sides:
+    """Of every expert, what its reconstruction is made of beside the core: Ŵ = C + left @ right.
+
+    left = [C U_in | U_out] [E, O, 2R] and right = [V_inᵀ ; V_outᵀ M] [E, 2R, D], where M is
+    C (I + U_in V_inᵀ).
+    """
+
+    left: Tensor
+    right: Tensor
+    cu_EOR: Tensor
+    """C U_in."""
+    vm_ERD: Tensor
+    """V_outᵀ M."""
+    vcu_ERR: Tensor
+    """V_outᵀ C U_in."""
+
+
+def sides(factors: dict[str, Tensor]) -> Sides:
+    """Made of the core once for all experts: M itself, which is as large as they are, is not."""
     core, u_in, v_in, u_out, v_out = factors.values()
-    u_in, v_in, u_out, v_out = (x[part] for x in (u_in, v_in, u_out, v_out))
     cu_EOR = core @ u_in
-    m_EOD = torch.baddbmm(core, cu_EOR, v_in.mT)
-    vm_ERD = v_out.mT @ m_EOD
-    residual_EOD = (m_EOD - experts_EOD[part]).baddbmm_(u_out, vm_ERD)
-    return cu_EOR, m_EOD, vm_ERD, residual_EOD
+    vcu_ERR = v_out.mT @ cu_EOR
+    vm_ERD = torch.baddbmm(v_out.mT @ core, vcu_ERR, v_in.mT)
+    left, right = torch.cat([cu_EOR, u_out], dim=2), torch.cat([v_in.mT, vm_ERD], dim=1)
+    return Sides(left, right, cu_EOR, vm_ERD, vcu_ERR)
 
 
-def squared_error(experts_EOD: Tensor, factors: dict[str, Tensor]) -> float:
+def room_for(experts_EOD: Tensor) -> Tensor:
+    """Memory for a chunk of residuals; new memory at each step would take longer than a product."""
+    return torch.empty_like(experts_EOD[next(chunks(experts_EOD))])
+
+
+def residuals(
+    experts_EOD: Tensor, factors: dict[str, Tensor], made: Sides, room_EOD: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Ŵ − W of one chunk of experts after another, all in the same memory."""
+    for part in chunks(experts_EOD):
+        experts = experts_EOD[part]
+        residual_EOD = torch.sub(factors["core"], experts, out=room_EOD[: len(experts)])
+        yield part, residual_EOD.baddbmm_(made.left[part], made.right[part])
+
+
+def squared_error(experts_EOD: Tensor, factors: dict[str, Tensor], room_EOD: Tensor) -> float:
     """Σ_e ‖W_e − Ŵ_e‖²."""
-    parts = (products(experts_EOD, factors, part)[-1] for part in chunks(experts_EOD))
-    return sum(float(residual.square_().sum()) for residual in parts)
+    found = residuals(experts_EOD, factors, sides(factors), room_EOD)
+    return sum(squared_norm(residual_EOD) for _, residual_EOD in found)
 
 
-def error_and_gradients(experts_EOD: Tensor, factors: dict[str, Tensor]) -> float:
+def squared_norm(x: Tensor) -> float:
+    """The sum of the squares."""
+    return float(x.flatten().dot(x.flatten()))
+
+
+def error_and_gradients(experts_EOD: Tensor, factors: dict[str, Tensor], room_EOD: Tensor) -> float:
     """The loss, and its gradients in the ``grad`` of the factors.
 
     With R = Ŵ − W and G = (I + V_out U_outᵀ) R: dU_out = 2 R Mᵀ V_out, dV_out = 2 M Rᵀ U_out,
-    dU_in = 2 Cᵀ G V_in, dV_in = 2 Gᵀ C U_in and dC = 2 Σ_e G (I + V_in U_inᵀ).
+    dU_in = 2 Cᵀ G V_in, dV_in = 2 Gᵀ C U_in and dC = 2 Σ_e G (I + V_in U_inᵀ). Of everything as large
+    as the experts only R is made; it is multiplied once from either side.
     """
     core, u_in, v_in, u_out, v_out = factors.values()
-    for factor in factors.values():
-        if factor.grad is None:
-            factor.grad = torch.empty_like(factor)
-    core.grad.zero_()
-    loss = 0.0
-    for part in chunks(experts_EOD):
-        cu_EOR, m_EOD, vm_ERD, r_EOD = products(experts_EOD, factors, part)
-        loss += float(r_EOD.flatten().dot(r_EOD.flatten()))
-        ur_ERD = u_out[part].mT @ r_EOD
-        torch.bmm(r_EOD, vm_ERD.mT, out=u_out.grad[part])
-        torch.bmm(m_EOD, ur_ERD.mT, out=v_out.grad[part])
-        g_EOD = r_EOD.baddbmm_(v_out[part], ur_ERD)
-        gv_EOR = g_EOD @ v_in[part]
-        torch.matmul(core.mT, gv_EOR, out=u_in.grad[part])
-        torch.bmm(g_EOD.mT, cu_EOR, out=v_in.grad[part])
-        core.grad += g_EOD.sum(0)
-        core.grad.addmm_(gv_EOR.movedim(1, 0).flatten(1), u_in[part].movedim(2, 1).flatten(0, 1))
-    for factor in factors.values():
-        factor.grad *= 2
+    made = sides(factors)
+    from_left_ESO = torch.cat([u_out, made.cu_EOR], dim=2).mT
+    from_right_EDS = torch.cat([made.vm_ERD.mT, v_in], dim=2)
+    rank, loss = u_in.shape[-1], 0.0
+    core.grad = torch.zeros_like(core) if core.grad is None else core.grad.zero_()
+    rows_ESD, columns_EOS = torch.empty_like(made.right), torch.empty_like(made.left)
+    for part, r_EOD in residuals(experts_EOD, factors, made, room_EOD):
+        loss += squared_norm(r_EOD)
+        torch.bmm(from_left_ESO[part], r_EOD, out=rows_ESD[part])
+        torch.bmm(r_EOD, from_right_EDS[part], out=columns_EOS[part])
+        for residual in r_EOD:
+            core.grad += residual
+    ur_ERD, ucr_ERD = rows_ESD.split(rank, dim=1)
+    u_out.grad, rv_EOR = columns_EOS.split(rank, dim=2)
+    gv_EOR = torch.baddbmm(rv_EOR, v_out, ur_ERD @ v_in)
+    v_out.grad = torch.baddbmm(core @ ur_ERD.mT, made.cu_EOR, v_in.mT @ ur_ERD.mT)
+    u_in.grad = core.mT @ gv_EOR
+    v_in.grad = torch.baddbmm(ucr_ERD.mT, ur_ERD.mT, made.vcu_ERR)
+    left = torch.cat([v_out, gv_EOR], dim=2).movedim(1, 0).flatten(1)
+    right = torch.cat([ur_ERD, u_in.mT], dim=1).flatten(0, 1)
+    core.grad.addmm_(left, right, beta=2, alpha=2)
+    for wrapper in (u_in, v_in, u_out, v_out):
+        wrapper.grad = 2 * wrapper.grad
     return loss
 
 
