@@ -8,7 +8,7 @@ experts, G groups and M members of a group.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,7 +134,12 @@ class Weights:
         """What weights of this dtype must be: computed in float32, and rounded to it."""
         value, noise = self.exact.values["output 0"], self.exact.noise["output 0"]
         noise = noise * STEP_ERROR[torch.float32] / STEP_ERROR[dtype]
-        return expect(value, [], noise if dtype == torch.float32 else noise + value.abs(), dtype)
+        noise = noise if dtype == torch.float32 else noise + value.abs()
+        expectation = expect(value, [], noise, dtype)
+        # Weights that are equal are rounded alike: their errors are one, however many they are.
+        limits = expectation.limits
+        limits = replace(limits, gain=max(limits.gain, 2 * STEP_ERROR[dtype]))
+        return replace(expectation, limits=limits)
 
     def gradient(self) -> Expectation:
         """What the gradient of the logits must be."""
