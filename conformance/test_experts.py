@@ -42,6 +42,7 @@ GPT_OSS = "openai/gpt-oss, gpt_oss/torch/model.py"
 LLAMA4 = "transformers, models/llama4/modeling_llama4.py"
 
 LAYOUTS = st.sampled_from(["interleaved", "concatenated"])
+EITHER = st.booleans()
 SEVERAL = st.sampled_from([2, 3])
 SOME_SENTINELS = st.sampled_from(["slots", "both"])
 ANY_ROUTING = st.sampled_from(["distinct", "any", "repeated", "few"])
@@ -119,7 +120,7 @@ def test_concatenated_rows_are_the_gate_and_then_up(experts, case):
 
 
 @requirement("experts.layout.interleaved", source=GPT_OSS, level="extended")
-@given(case=integer_cases(layout="interleaved", transposed=st.booleans()))
+@given(case=integer_cases(layout="interleaved", transposed=EITHER))
 def test_interleaved_rows_are_gate_and_up_in_turn(experts, case):
     """In the layout ``"interleaved"`` the rows are g₀, u₀, g₁, u₁ …"""
     assert_exact(experts, case)
@@ -213,14 +214,16 @@ def test_weights_are_on_the_outputs_of_experts(experts, case):
 
 
 @requirement("experts.weights.on-the-input", source=LLAMA4, level="extended")
-@given(case=experts_cases(weighting="far from one", weight_on_input=True))
+@given(case=experts_cases(weighting="far from one", weight_on_input=True, transposed=EITHER))
 def test_weights_are_on_the_inputs_of_experts(experts, case):
     """With ``weight_on_input`` a slot's weight multiplies what its expert is given, and no more."""
     assert_matches_oracle(experts, case)
 
 
 @requirement("experts.weights.on-the-input-gradients", source=LLAMA4, level="extended")
-@given(case=integer_cases(weight_on_input=True, routing=ANY_ROUTING, slots=SEVERAL))
+@given(
+    case=integer_cases(weight_on_input=True, routing=ANY_ROUTING, slots=SEVERAL, transposed=EITHER)
+)
 def test_gradients_pass_through_weights_on_the_input(experts, case):
     """With ``weight_on_input`` the gradients are those of that function."""
     assert_exact_gradients(experts, case)
@@ -544,7 +547,7 @@ def test_gradients_reach_both_projections(experts, case):
 
 
 @requirement("experts.gradient.of-layouts", source=GPT_OSS, level="extended")
-@given(case=integer_cases(layout=LAYOUTS, transposed=st.booleans(), routing=ANY_ROUTING))
+@given(case=integer_cases(layout=LAYOUTS, transposed=EITHER, routing=ANY_ROUTING))
 def test_gradients_lie_as_the_weights_do(experts, case):
     """Gradients of interleaved and of transposed weights lie as the weights do."""
     assert_exact_gradients(experts, case)
@@ -561,7 +564,7 @@ def test_gradients_pass_through_other_activations(experts, case):
 
 
 @requirement("experts.output.dtype", source=MIXTRAL)
-@given(case=experts_cases(routing=ANY_ROUTING, wide_weights=st.booleans()))
+@given(case=experts_cases(routing=ANY_ROUTING, wide_weights=EITHER))
 def test_output_is_like_hidden(experts, case):
     """The output is [tokens, hidden], in the dtype and on the device of ``hidden``."""
     assert_output_of_every_dtype(experts, case)
