@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -242,3 +243,10 @@ def test_gradients_of_the_fit_are_those_of_its_loss():
     assert loss == pytest.approx(float(expected.detach()), rel=1e-12)
     for (name, factor), gradient in zip(factors.items(), gradients):
         torch.testing.assert_close(factor.grad, gradient, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_example_of_the_page_runs():
+    """The Python of docs/shared_core.md, as written."""
+    page = (ROOT / "docs/shared_core.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example, "docs/shared_core.md", "exec"), {})
