@@ -815,10 +815,12 @@ class MoEBlock(Protocol):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The output [batch, tokens, hidden] of ``hidden`` [batch, tokens, hidden], in its dtype.
 
-        ``router`` is [experts, hidden]: the logits are ``hidden @ router.T``. Routing options are
-        those of :class:`MoERouter`; ``gate_up_proj`` and ``down_proj`` are those of :class:`Experts`,
-        concatenated, with SiLU. Tokens do not depend on each other, and none is dropped.
+        ``router`` is [experts, hidden]: the logits are ``hidden @ router.T``. ``gate_up_proj`` and
+        ``down_proj`` are those of :class:`Experts`, concatenated, with SiLU. Tokens do not depend on
+        each other, and none is dropped.
 
+        ``top_k``, ``score``, ``normalize``, ``selection_bias``, ``groups``, ``scaling_factor``
+            of the routing, as in :class:`MoERouter`.
         ``shared`` (gate_up_proj [2 · width, hidden], down_proj [hidden, width])
             a further expert that every token goes to with weight 1; its width may differ.
         ``shared_gate`` [1, hidden]
@@ -925,8 +927,8 @@ class SharedCoreFit(Protocol):
 
         Minimises Σ_e ‖W_e − Ŵ_e‖² from the mean of the experts, U = 0 and random V, in float32
         whatever the dtype of ``experts``. What it gives is never worse than that beginning, whatever
-        ``lr``; no steps give the mean. The same seed gives the same factors, and the global random
-        state is left alone.
+        the step size ``lr``; with ``num_steps`` 0 it is the mean. The same ``seed`` gives the same
+        factors, and the global random state is left alone. ``rank`` is that of each wrapper.
 
         An exception for no experts, values that are not finite, a rank below 1 or above the smaller
         width, and a negative number of steps.
@@ -954,7 +956,8 @@ class SharedCoreBlock(Protocol):
         Each projection is the factors of :class:`SharedCore`, by the names ``core``, ``u_in``,
         ``v_in``, ``u_out``, ``v_out``; that of gate and up takes ``hidden`` to ``intermediate``, that
         of down the other way. It computes what :class:`MoEBlock` does with the reconstructed
-        experts, and returns what that returns. Its parameters are ``router`` and the factors, each
+        experts for ``top_k`` and ``normalize``, and returns what that returns with or without
+        ``return_logits``. Its parameters are ``router`` and the factors, each
         core once; the order and the names are free.
 
         Source: LawrenceRLiu/MoE_Factorize_Compress, ``src/compressed_moe_model.py``.
@@ -1068,8 +1071,8 @@ class CompressedCheckpoint(Protocol):
         ``compression_statistics.yaml`` or (with ``.pt``) the metadata's JSON files are read: ranks and
         numbers are those of the tensors.
 
-        ``dtype``
-            of every weight and of the computation; default: that of ``non_moe_weights``.
+        ``dtype``, ``device``
+            of every weight and of the computation; default: the dtype of ``non_moe_weights``, the CPU.
 
         Anything that is missing, unknown, of another shape, not finite, or contradicts something else
         raises an exception, here, that names the file and what is wrong in it: no layer keeps other

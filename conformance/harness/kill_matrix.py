@@ -78,6 +78,13 @@ FEWER_CASES = {
     "weight_loader": 3,
     "causal_lm": 3,
     "flat_shards": 3,
+    "moe_router": 4,
+    "experts": 4,
+    "moe_block": 4,
+    "shared_core": 4,
+    "shared_core_fit": 4,
+    "shared_core_block": 4,
+    "compressed_checkpoint": 3,
 }
 """Contracts whose cases take too long to run them all against every bug, and how many are run.
 
