@@ -11,13 +11,13 @@ from conformance.harness.requirement import requirement
 from conformance.harness.router_cases import router_cases
 from conformance.harness.router_checks import (
     assert_chooses,
-    assert_exactly_one,
     assert_gradient,
     assert_loss,
     assert_loss_gradient,
     assert_loss_is,
     assert_lowest_index,
     assert_nan_is_seen,
+    assert_one,
     assert_refused,
     assert_routes,
     assert_routes_edited,
@@ -175,8 +175,8 @@ def test_one_expert_a_token_has_its_score_for_weight(moe_router, case):
 @requirement("moe_router.choice.one-expert-normalised", source=MIXTRAL, confusable=ONE)
 @given(case=router_cases(top_k=1, normalize=True, score=SCORES))
 def test_one_expert_a_token_normalised_has_weight_one(moe_router, case):
-    """With ``top_k`` 1 and ``normalize`` every weight is exactly 1."""
-    assert_exactly_one(moe_router, case)
+    """With ``top_k`` 1 and ``normalize`` every weight is 1."""
+    assert_one(moe_router, case)
 
 
 @requirement("moe_router.choice.all-experts", source=MIXTRAL, confusable={"experts = top_k"})
@@ -403,6 +403,13 @@ def test_no_tokens_have_no_weights(moe_router, case):
 
 
 # The output
+
+
+@requirement("moe_router.output.shape-dtype-device", source=QWEN)
+@given(case=router_cases(score=SCORES, normalize=st.booleans(), loss=st.booleans()))
+def test_weights_are_floating_and_experts_are_int64(moe_router, case):
+    """Weights are in float32 or the dtype of the logits, experts int64, both [tokens, top_k]."""
+    in_every_lane(case, lambda call: run(moe_router, call), moe_router.device)
 
 
 @requirement("moe_router.output.inputs-unchanged", source=MIXTRAL)

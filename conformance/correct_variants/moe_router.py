@@ -100,8 +100,6 @@ class Exponentials(MoERouter):
         weights_TK = torch.take_along_dim(scores_TE, indices_TK, -1)
         if not normalize:
             return weights_TK
-        if weights_TK.shape[-1] == 1:
-            return weights_TK / weights_TK
         return weights_TK * weights_TK.sum(-1, keepdim=True).reciprocal()
 
 

@@ -149,7 +149,7 @@ def bias_source(kind: str, experts: int) -> str:
     if kind == "negative":
         return f"-1.5 - 0.3 * torch.rand({experts}, generator=g)"
     if kind == "large":
-        return f"6 + 0.1 * torch.rand({experts}, generator=g)"
+        return f"30 + 0.1 * torch.rand({experts}, generator=g)"
     return f"0.4 * torch.randn({experts}, generator=g)"
 
 

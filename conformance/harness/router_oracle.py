@@ -184,11 +184,13 @@ def both(function: Any, inputs: Mapping[str, Tensor], call: Call) -> Weights:
 @remembered
 def expected_loss(call: Call) -> Differentiated:
     """The load-balancing loss of a call, and its gradient: what share of slots experts get is given."""
-    logits = call.values()[0][0]
+    logits = call.values()[0][0].detach().cpu()
     share_E = expected_choice(call).chosen.double().mean(0)
 
-    def loss(logits: Tensor) -> tuple[Tensor]:
+    def loss(logits: Tensor, share: Tensor) -> tuple[Tensor]:
         mean_E = scores(logits, "softmax").mean(0)
-        return ((len(share_E) * share_E.to(mean_E) @ mean_E)[None],)
+        return ((len(share) * share @ mean_E.to(share))[None],)
 
-    return differentiate(loss, {"logits": logits.detach().cpu()}, call.dtype, call.case.seed)
+    # An input, so that the noise has what rounding the share does to gradients, which cancel.
+    inputs = {"logits": logits, "share": share_E}
+    return differentiate(loss, inputs, call.dtype, call.case.seed)
