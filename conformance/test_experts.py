@@ -19,6 +19,7 @@ from conformance.harness.experts_cases import (
 )
 from conformance.harness.experts_checks import (
     assert_connected,
+    assert_each_gradient,
     assert_equal_experts,
     assert_exact,
     assert_exact_gradients,
@@ -230,7 +231,7 @@ def test_gradients_pass_through_weights_on_the_input(experts, case):
 
 
 @requirement("experts.weights.scale", source=MIXTRAL)
-@given(case=experts_cases(dtype=NORMAL))
+@given(case=experts_cases(dtype=NORMAL, slots=st.sampled_from([1, 2])))
 def test_four_times_the_weights_give_four_times_the_output(experts, case):
     """The output is linear in the weights: they are neither normalised nor clamped."""
     assert_scaled(experts, case)
@@ -334,7 +335,7 @@ def test_many_slots_are_summed_in_float32(experts, case):
     source="fixtures/known_bugs/moe.yaml",
     confusable={"one slot", "weights of one"},
 )
-@given(case=integer_cases(experts=st.sampled_from([12, 20, 33]), slots=1, weighting="one"))
+@given(case=integer_cases(experts=st.sampled_from([12, 20, 128]), slots=1, weighting="one"))
 def test_tokens_go_to_the_experts_of_their_indices(experts, case):
     """Index e is the e-th expert, also where there are more than ten."""
     assert_expert_of_each_token(experts, case)
@@ -558,6 +559,13 @@ def test_gradients_lie_as_the_weights_do(experts, case):
 def test_gradients_pass_through_other_activations(experts, case):
     """The gradients through GELU and its approximation are those of each."""
     assert_gradients(experts, case)
+
+
+@requirement("experts.gradient.of-one", source=MIXTRAL)
+@given(case=INTEGERS)
+def test_each_input_may_be_the_only_one_that_needs_a_gradient(experts, case):
+    """Where all other inputs are frozen, an input has the gradient that it has among them."""
+    assert_each_gradient(experts, case)
 
 
 # Outputs

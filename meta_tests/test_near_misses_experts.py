@@ -737,6 +737,16 @@ class SigmoidForItsDerivative(OtherActivation):
         return gradient_only(F.silu(x), x * torch.sigmoid(x).detach())
 
 
+@near("gradient.of-one")
+class FrozenHiddenFreezesAll(Experts):
+    """Without a gradient of hidden, the backward pass of the down projection is skipped."""
+
+    def experts(self, hidden, indices, weights, gate_up_proj, down_proj, **options):
+        if not hidden.requires_grad:
+            down_proj = gradient_only(down_proj, 0 * down_proj)
+        return super().experts(hidden, indices, weights, gate_up_proj, down_proj, **options)
+
+
 @near("gradient.of-layouts")
 class GradientIsConcatenated(Experts):
     """The gradient of interleaved weights is concatenated."""

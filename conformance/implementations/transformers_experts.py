@@ -59,7 +59,10 @@ class _TransformersExperts:
             module = Qwen3MoeExperts(config)
         with_tensors(module, gate_up_proj=gate_up_proj, down_proj=down_proj)
         module.is_transposed = transposed
-        module._is_expert_parallel = bool((indices == number).any())
+        if bool((indices == number).any()):
+            if not hasattr(module, "_is_expert_parallel"):
+                raise NotImplementedError("this transformers has no slots without an expert")
+            module._is_expert_parallel = True
         return module(hidden, indices, weights)
 
 
