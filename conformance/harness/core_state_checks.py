@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conformance.harness.calls import Call
-from conformance.harness.compare import assert_identical
+from conformance.harness.compare import assert_identical, assert_tensor
 from conformance.harness.core_cases import NEW_CORE, SPOILT, CoreCase
 from conformance.harness.core_oracle import layer_inputs, outputs_of, weights_of
 from conformance.harness.core_subject import (
@@ -45,7 +45,11 @@ def assert_core_is_a_parameter(shared_core: Subject, case: CoreCase) -> None:
     if not any(core is parameter for parameter in layer.parameters()):
         summary = "out.core is not among out.parameters()"
         raise ConformanceFailure("no parameter", summary, call=call, shown_by="print(out.core)")
-    assert_identical(core, call.named("core"), call, because="out.core and the core that was given")
+    given = call.named("core")
+    with asking("out.core", call):
+        shape = tuple(given.shape)
+        assert_tensor(core, shape, given.dtype, given.device, call=call, name="core")
+        assert_identical(core, given, call, because="out.core and the core that was given")
 
 
 def assert_one_core(shared_core: Subject, case: CoreCase, *moves: str) -> None:

@@ -249,7 +249,8 @@ def assert_file_replaced(compression_statistics: Subject, case: StatisticsCase) 
     """Saving over an older file, and twice, leaves the new file alone."""
     call = case.call()
     with tempfile.TemporaryDirectory() as directory:
-        older = document_of(case.entries) | {"per_layer_stats": [{"older": "entry"}] * 99}
+        longer = {"per_layer_stats": [{"older": f"entry {number}"} for number in range(400)]}
+        older = document_of(case.entries) | longer
         (Path(directory) / FILE_NAME).write_text(written(older))
         statistics = made(compression_statistics, call)
         save(statistics, directory, call)
