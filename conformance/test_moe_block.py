@@ -34,6 +34,10 @@ SCORES = st.sampled_from(["softmax", "sigmoid"])
 NORMALISED = st.booleans()
 PLAIN = block_cases(normalize=NORMALISED)
 SHARED = block_cases(shared="any", shared_gate=True, normalize=NORMALISED)
+EITHER = block_cases(
+    normalize=NORMALISED, shared=st.sampled_from([None, "any"]), shared_gate=st.booleans()
+)
+"""With and without a shared expert, for rules that are not about it."""
 ONE_TOKEN = {"one token", "batch = tokens"}
 
 
@@ -206,14 +210,14 @@ def test_all_experts_are_a_dense_mixture(moe_block, case):
 
 
 @requirement("moe_block.tokens.permuted", source=MIXTRAL)
-@given(case=SHARED)
+@given(case=EITHER)
 def test_tokens_in_another_order_have_the_same_outputs(moe_block, case):
     """Tokens in another order, over batch rows too, have their outputs in that order."""
     assert_tokens_permuted(moe_block, case)
 
 
 @requirement("moe_block.tokens.reshaped", source=MIXTRAL)
-@given(case=SHARED, flat=st.sampled_from(["[None]", "[:, None]"]))
+@given(case=EITHER, flat=st.sampled_from(["[None]", "[:, None]"]))
 def test_batch_rows_and_tokens_are_alike(moe_block, case, flat):
     """The same tokens in one row, or a row each, have the same outputs."""
     assert_same_as(moe_block, case, f"hidden = hidden.flatten(0, 1){flat}")
@@ -229,7 +233,7 @@ def test_a_token_alone_has_the_same_output(moe_block, case):
 
 
 @requirement("moe_block.tokens.nan-stays", source=QWEN3)
-@given(case=SHARED)
+@given(case=EITHER)
 def test_nan_in_a_token_stays_there(moe_block, case):
     """A token of NaN raises, or has NaN for its output, and changes no other token."""
     assert_nan_stays(moe_block, case)
@@ -256,7 +260,7 @@ def test_one_token(moe_block, case):
 
 
 @requirement("moe_block.tokens.none", source=QWEN3)
-@given(case=SHARED, edit=st.sampled_from(["hidden[:0]", "hidden[:, :0]", "hidden[:0, :0]"]))
+@given(case=EITHER, edit=st.sampled_from(["hidden[:0]", "hidden[:, :0]", "hidden[:0, :0]"]))
 def test_no_tokens(moe_block, case, edit):
     """Without batch rows, or without tokens, the output is empty and of the same shape."""
     assert_no_tokens(moe_block, case, f"hidden = {edit}")
@@ -327,7 +331,11 @@ def test_logits_are_returned_if_asked_for(moe_block, case):
 
 
 @requirement("moe_block.output.inputs-unchanged", source=MIXTRAL)
-@given(case=block_cases(shared="any", shared_gate=True, bias="random", score="sigmoid"))
+@given(
+    case=st.one_of(
+        EITHER, block_cases(shared="any", shared_gate=True, bias="random", score="sigmoid")
+    )
+)
 def test_hidden_states_and_weights_are_not_changed(moe_block, case):
     """The hidden states and all weights stay as they are, and none is given back."""
     # The subject compares every input of every call; here the calls are those that tempt most.
@@ -335,7 +343,7 @@ def test_hidden_states_and_weights_are_not_changed(moe_block, case):
 
 
 @requirement("moe_block.output.deterministic", source=QWEN3)
-@given(case=SHARED)
+@given(case=EITHER)
 def test_two_runs_are_identical(moe_block, case):
     """The same inputs give the same bits, also after a call with others in between."""
 
