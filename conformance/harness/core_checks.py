@@ -235,7 +235,7 @@ def assert_fold_twice(shared_core: Subject, case: CoreCase) -> None:
 
 
 def assert_fold_changes_nothing(shared_core: Subject, case: CoreCase) -> None:
-    """Folding, and whatever is done to what it gives, leaves the layer as it was."""
+    """Folding leaves state, outputs and weights as they were."""
     call = case.call(torch.float32, shared_core.device)
     layer, x = made(shared_core, call), call.named("x")
     state = {name: tensor.clone() for name, tensor in held(layer).items()}

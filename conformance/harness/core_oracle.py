@@ -144,7 +144,7 @@ def chosen_by(logits: Tensor, top_k: int) -> Tensor:
 
 @remembered
 def block_of(call: Call) -> Differentiated:
-    """The output (``output 0``) and the logits (``output 1``) of a block, and all gradients.
+    """The output (``output 0``) of a block, all gradients, and the logits (``output 1``) if returned.
 
     Gradients are those for a loss that reads the output alone.
     """
@@ -163,6 +163,8 @@ def block_of(call: Call) -> Differentiated:
         return (torch.einsum("th,eh->te", hidden.flatten(0, 1), router),)
 
     found = differentiate(block, inputs, call.dtype, seed_of(call))
+    if not case.return_logits:
+        return found
     both = {name: inputs[name] for name in ("hidden", "router")}
     other = differentiate(logits_alone, both, call.dtype, seed_of(call))
     renamed = lambda values: {"output 1": values["output 0"]} if values else {}

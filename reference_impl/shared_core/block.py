@@ -39,7 +39,7 @@ class CompressedMoEBlock(nn.Module):
         self.top_k = top_k
         self.normalize = normalize
         self.return_logits = return_logits
-        check_block(self.router, self.layers)
+        check_block(self.router, self.layers, top_k)
 
     def forward(self, hidden: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """hidden [batch, tokens, hidden] to the same shape, or to (that, logits [T, experts])."""
@@ -137,9 +137,11 @@ class SharedCoreBlock:
             raise ValueError(f"{projection}: {error}") from error
 
 
-def check_block(router: Tensor, layers: Mapping[str, SharedCoreLayer]) -> None:
-    """Raise ValueError for projections that do not fit each other or the router."""
+def check_block(router: Tensor, layers: Mapping[str, SharedCoreLayer], top_k: int) -> None:
+    """Raise ValueError for projections that do not fit each other, the router or ``top_k``."""
     experts, hidden = router.shape
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k is {top_k}, expected 1 to {experts}")
     intermediate = len(layers["gate_proj"].core)
     shapes = {name: (intermediate, hidden) for name in PROJECTIONS}
     shapes["down_proj"] = (hidden, intermediate)

@@ -27,6 +27,9 @@ GIGABYTE = 10**9
 TOLERANCE = 1e-9
 """Relative; parsers and writers keep sixteen digits, and what is rounded by hand has few."""
 
+SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Makes plain values alone; the one in C, where there is one, is ten times as quick."""
+
 Fields = dict[str, Any]
 
 
@@ -233,7 +236,7 @@ def contradictions_of(directory: str | os.PathLike[str]) -> list[str]:
 def read(path: Path) -> Mapping[str, Any]:
     """The mapping in a YAML file, read without making objects of any type but YAML's own."""
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
+        found = yaml.load(path.read_text("utf-8"), Loader=SAFE_LOADER)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, Mapping):
