@@ -834,6 +834,34 @@ class MoEBlock(Protocol):
         """
 
 
+class ExpertParallelBlock(Protocol):
+    """A mixture-of-experts block whose experts are dealt out to the ranks of a group."""
+
+    def expert_parallel_block(
+        self,
+        hidden: Tensor,
+        router: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        *,
+        top_k: int,
+        normalize: bool = False,
+    ) -> Tensor:
+        """What :class:`MoEBlock` computes for ``top_k`` and ``normalize``, whole on every rank.
+
+        Called on every rank of torch.distributed's default group; one rank calls it without a group.
+        ``hidden`` and ``router`` are the same on all of them; ``gate_up_proj`` and ``down_proj`` are the
+        experts of this rank, as many on each: rank r has those from ``r * len(down_proj)`` on.
+
+        A backward pass is made on every rank, with the same gradient of the output. It gives each the
+        complete gradients of ``hidden`` and ``router``, the same bits, and those of its own experts. A
+        rank whose experts have no token takes part in everything. Experts that do not add up to those
+        of the router raise an exception on every rank.
+
+        Source: transformers' expert parallelism (huggingface/transformers#48205).
+        """
+
+
 class SharedCoreLayer(Protocol):
     """What :meth:`SharedCore.shared_core` gives: a torch module.
 
@@ -1158,6 +1186,7 @@ CONTRACTS: dict[str, Contract] = {
         Contract("moe_router", MoERouter),
         Contract("experts", Experts),
         Contract("moe_block", MoEBlock),
+        Contract("expert_parallel_block", ExpertParallelBlock),
         Contract("shared_core", SharedCore),
         Contract("shared_core_fit", SharedCoreFit),
         Contract("shared_core_block", SharedCoreBlock),

@@ -19,6 +19,7 @@ AREAS = (
     "moe_router",
     "experts",
     "moe_block",
+    "expert_parallel_block",
     "shared_core",
     "shared_core_fit",
     "shared_core_block",

@@ -20,6 +20,8 @@ CATALOGUES = (
     "flat_shards",
     "moe",
     "mixture",
+    "experts",
+    "expert_parallel",
     "compression",
     "shared_core",
     "compressed_checkpoint",

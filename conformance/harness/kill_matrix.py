@@ -81,6 +81,7 @@ FEWER_CASES = {
     "moe_router": 4,
     "experts": 4,
     "moe_block": 4,
+    "expert_parallel_block": 4,
     "shared_core": 4,
     "shared_core_fit": 4,
     "shared_core_block": 4,

@@ -8,7 +8,7 @@ from reference_impl.attention import Attention
 from reference_impl.cached_attention import CachedAttention
 from reference_impl.flat_shards.engine import FlatShards
 from reference_impl.gpt import CheckpointReader
-from reference_impl.moe.block import MoEBlock
+from reference_impl.moe.parallel import ExpertParallelBlock
 from reference_impl.qwen2 import load_shards
 from reference_impl.qwen2.engine import CausalLM
 from reference_impl.qwen2.parallel_linear import ParallelLinear
@@ -26,7 +26,7 @@ class Reference(
     ParallelLinear,
     CausalLM,
     FlatShards,
-    MoEBlock,
+    ExpertParallelBlock,
     SharedCore,
     SharedCoreBlock,
     SharedCoreFit,
