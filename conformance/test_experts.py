@@ -123,7 +123,7 @@ def test_concatenated_rows_are_the_gate_and_then_up(experts, case):
 @requirement("experts.layout.interleaved", source=GPT_OSS, level="extended")
 @given(case=integer_cases(layout="interleaved", transposed=EITHER))
 def test_interleaved_rows_are_gate_and_up_in_turn(experts, case):
-    """In the layout ``"interleaved"`` the rows are g₀, u₀, g₁, u₁ …"""
+    """In the layout ``"interleaved"`` the rows are g₀, u₀, g₁, u₁ and so on, in pairs."""
     assert_exact(experts, case)
 
 

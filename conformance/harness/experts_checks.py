@@ -139,7 +139,7 @@ def shown_as_gradient(
         device = call.named("hidden").device.type
         failure.call = call.then(
             *edits,
-            f"for x in ({', '.join(leaves)},): x.requires_grad_()",
+            f"for x in [{', '.join(leaves)}]: x.requires_grad_()",
             f"upstream = {line}"
             + f".to({call.dtype})" * (call.dtype != torch.float32)
             + f".to('{device}')" * (device != "cpu"),
