@@ -112,7 +112,7 @@ def test_gate_and_up_are_not_exchanged(shared_core_block, case):
 
 
 @requirement("shared_core_block.output.one-rank", source=BLOCK, confusable={"one rank"})
-@given(case=block_cases(ranks=st.sampled_from([(2, 2, 2), (3, 3, 3)])))
+@given(case=block_cases(wrapper_ranks=st.sampled_from([(2, 2, 2), (3, 3, 3)])))
 def test_projections_of_one_rank(shared_core_block, case):
     """With equal ranks each projection keeps its own wrappers."""
     assert_output(shared_core_block, case)

@@ -25,8 +25,8 @@ class BlockCase:
     top_k: int = 2
     hidden: int = 9
     intermediate: int = 13
-    ranks: tuple[int, int, int] = (2, 3, 1)
-    """Of the wrappers of gate, up and down."""
+    wrapper_ranks: tuple[int, int, int] = (2, 3, 1)
+    """Of the wrappers of gate, up and down. (No ``ranks``: those would be processes.)"""
     batch: int = 2
     tokens: int = 6
     normalize: bool = True
@@ -50,7 +50,7 @@ class BlockCase:
             equal.add("all experts")
         if self.top_k == 1:
             equal.add("one expert a token")
-        if len(set(self.ranks)) == 1:
+        if len(set(self.wrapper_ranks)) == 1:
             equal.add("one rank")
         if self.batch * self.tokens <= 1:
             equal.add("one token")
@@ -61,7 +61,7 @@ class BlockCase:
         """Parameters of the block: the router, each core once, and wrappers."""
         width = self.hidden + self.intermediate
         core = self.hidden * self.intermediate
-        wrappers = sum(self.experts * 2 * rank * width for rank in self.ranks)
+        wrappers = sum(self.experts * 2 * rank * width for rank in self.wrapper_ranks)
         return self.experts * self.hidden + 3 * core + wrappers
 
     def call(self, dtype: torch.dtype, device: str = "cpu", *edits: str) -> Call:
@@ -79,7 +79,7 @@ class BlockCase:
             "    core = 1.5 * r(d_out, d_in) / d_in**0.5",
             "    return dict(core=core, u_in=u_in, v_in=v_in, u_out=u_out, v_out=v_out)",
         ]
-        for name, rank in zip(PROJECTIONS, self.ranks):
+        for name, rank in zip(PROJECTIONS, self.wrapper_ranks):
             widths = (h, self.intermediate) if name != "down_proj" else (self.intermediate, h)
             lines.append(f"{name} = factors({widths[0]}, {widths[1]}, {rank})")
         lines += [
@@ -133,7 +133,7 @@ def _block_cases(
     top_k = experts if top_k == "all" else top_k
     given = {"hidden": hidden, "intermediate": intermediate} | given
     choices = {
-        "ranks": RANKS,
+        "wrapper_ranks": RANKS,
         "normalize": st.booleans(),
         "batch": st.integers(1, 3),
         "tokens": st.integers(4, 7),

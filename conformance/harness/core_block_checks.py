@@ -14,8 +14,11 @@ from conformance.harness.core_block_cases import FACTOR_NAMES, BlockCase
 from conformance.harness.core_cases import PROJECTIONS
 from conformance.harness.core_oracle import block_inputs, block_of
 from conformance.harness.core_subject import (
+    after,
+    as_line,
     asking,
     assert_stored,
+    backward_lines,
     by_element,
     compare_gradient,
     held,
@@ -157,10 +160,10 @@ def assert_gradients(shared_core_block: Subject, case: BlockCase, *names: str) -
     call = case.call(torch.float32, shared_core_block.device)
     truth, block = block_of(call), made(shared_core_block, call)
     found = backward(block, call, truth.upstream[0])
-    shown = "out(hidden).sum().backward(); "
+    lines = backward_lines(call, "hidden", "[out(hidden)]")
     for name in found:
         if name.split(".")[-1] in names:
-            compare_gradient(found[name], truth.expectation(name), name, call, shown)
+            compare_gradient(found[name], truth.expectation(name), name, call, *lines)
 
 
 def backward(block: nn.Module, call: Call, upstream: Tensor) -> dict[str, Tensor | None]:
@@ -208,7 +211,8 @@ def assert_parameters(shared_core_block: Subject, case: BlockCase, *moves: str) 
     assert_stored(made(shared_core_block, call), case.total, call, "as it is made")
     for move in moves:
         block = moved(made(shared_core_block, call), move, call)
-        assert_stored(block, case.total, call, move)
+        with after(as_line(move)):
+            assert_stored(block, case.total, call, move)
 
 
 def assert_factors_are_parameters(shared_core_block: Subject, case: BlockCase) -> None:
@@ -234,7 +238,9 @@ def assert_own_values(shared_core_block: Subject, case: BlockCase) -> None:
         block = shared_core_block(*given, **options)
     for tensor in (given[0], *(t for p in given[1:] for t in p.values())):
         tensor.fill_(7.0)
-    compare_output(block, call)
+    listed = "(router, *gate_proj.values(), *up_proj.values(), *down_proj.values())"
+    with after(f"for t in {listed}: t.fill_(7.0)"):
+        compare_output(block, call)
 
 
 def assert_state_restored(shared_core_block: Subject, case: BlockCase) -> None:

@@ -121,6 +121,8 @@ class CoreCase:
 
 NEW_CORE = "core = 1.3 * r(*core.shape) / core.shape[1] ** 0.5"
 """The line that gives another core."""
+EDITED = (NEW_CORE, "with torch.no_grad(): out.core.copy_(core)")
+"""The lines that change the core of a layer."""
 SPOILT = (
     "u_in, v_in, u_out, v_out, bias = (1 - 0.5 * t for t in (u_in, v_in, u_out, v_out, bias))",
 )

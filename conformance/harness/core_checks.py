@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from conformance.harness.calls import Call
 from conformance.harness.compare import assert_close_to, assert_identical, assert_tensor
 from conformance.harness.core_cases import (
+    EDITED,
     EXAMPLE_OUTPUTS,
     EXAMPLE_WEIGHTS,
     NEW_CORE,
@@ -18,6 +19,7 @@ from conformance.harness.core_cases import (
 )
 from conformance.harness.core_oracle import one_rounding, update_of, weights_of
 from conformance.harness.core_subject import (
+    after,
     asking,
     compare_outputs,
     compare_weights,
@@ -179,7 +181,7 @@ def assert_small_updates_folded(shared_core: Subject, case: CoreCase) -> None:
     base, a, b = (x.to("cpu", torch.float64) for x in folded(layer, call))
     core = call.named("core").to("cpu", torch.float64)
     for expert in experts_of(call):
-        with asking("out.fold()", call):
+        with asking(FOLDED.format(expert=expert) + " - core", call):
             update = base + a[expert] @ b[expert] - core
             name = f"base + A B - C of expert {expert}"
             assert_close_to(update, update_of(call, expert), call, name=name)
@@ -206,11 +208,15 @@ def folded(layer: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.detach() for x in found)
 
 
+FOLDED = "(lambda base, a, b: base + a[{expert}] @ b[{expert}])(*out.fold())"
+"""Python that gives the weight of an expert from the fold."""
+
+
 def compare_fold(layer: nn.Module, call: Call, right: Call | None = None) -> None:
     """base + A_e B_e is the weight of every expert."""
     base, a, b = (x.to("cpu", torch.float64) for x in folded(layer, call))
     for expert in experts_of(call):
-        with asking("out.fold()", call):
+        with asking(FOLDED.format(expert=expert), call):
             expected = weights_of(right or call).expectation(f"output {expert}")
             found = base + a[expert] @ b[expert]
             assert_close_to(found, expected, call, name=f"base + A B of expert {expert}")
@@ -260,7 +266,8 @@ def assert_fold_is_fresh(shared_core: Subject, case: CoreCase) -> None:
     folded(layer, call)
     with torch.no_grad():
         core_of(layer, call).copy_(edited.named("core"))
-    compare_fold(layer, call, edited)
+    with after("out.fold()", *EDITED):
+        compare_fold(layer, call, edited)
 
 
 # Refusals

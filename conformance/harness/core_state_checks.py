@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from conformance.harness.calls import Call
 from conformance.harness.compare import assert_identical, assert_tensor
-from conformance.harness.core_cases import NEW_CORE, SPOILT, CoreCase
+from conformance.harness.core_cases import EDITED, NEW_CORE, SPOILT, CoreCase
 from conformance.harness.core_oracle import layer_inputs, outputs_of, weights_of
 from conformance.harness.core_subject import (
+    after,
+    as_line,
     asking,
     assert_stored,
+    backward_lines,
     by_element,
     compare_gradient,
     compare_outputs,
@@ -58,8 +61,9 @@ def assert_one_core(shared_core: Subject, case: CoreCase, *moves: str) -> None:
     assert_stored(made(shared_core, call), case.total, call, "as it is made")
     for move in moves:
         layer = moved(made(shared_core, call), move, call)
-        core_of(layer, call)
-        assert_stored(layer, case.total, call, move)
+        with after(as_line(move)):
+            core_of(layer, call)
+            assert_stored(layer, case.total, call, move)
 
 
 def assert_edited(shared_core: Subject, case: CoreCase, *moves: str) -> None:
@@ -74,8 +78,10 @@ def assert_edited(shared_core: Subject, case: CoreCase, *moves: str) -> None:
             layer = moved(layer, move, call).to(torch.float32)
         with torch.no_grad(), failing_at(call), errors_named("out.core.copy_"):
             core_of(layer, call).copy_(edited.named("core"))
-        compare_outputs(layer, call, edited)
-        compare_weights(layer, call, edited)
+        moves_made = () if move is None else (as_line(move), "out = out.float()")
+        with after("out(x, 0)", *moves_made, *EDITED):
+            compare_outputs(layer, call, edited)
+            compare_weights(layer, call, edited)
 
 
 def assert_own_values(shared_core: Subject, case: CoreCase) -> None:
@@ -87,8 +93,10 @@ def assert_own_values(shared_core: Subject, case: CoreCase) -> None:
         layer = shared_core(*given, **named)
     for tensor in (*given, *named.values()):
         tensor.fill_(7.0)
-    compare_outputs(layer, call)
-    compare_weights(layer, call)
+    names = ", ".join((*call.arguments, *named))
+    with after(f"for t in ({names}): t.fill_(7.0)"):
+        compare_outputs(layer, call)
+        compare_weights(layer, call)
 
 
 def assert_state_once(shared_core: Subject, case: CoreCase) -> None:
@@ -149,8 +157,8 @@ def assert_gradients(
             torch.autograd.backward(outputs, [up.to(x.device) for up in truth.upstream])
         found = found_gradients(layer, call, of) | {"x": x.grad}
         for name in of:
-            shown = f"sum(out(x, e).sum() for e in {chosen}).backward(); "
-            compare_gradient(found[name], truth.expectation(name), name, call, shown)
+            lines = backward_lines(call, "x", f"[out(x, e) for e in {chosen}]")
+            compare_gradient(found[name], truth.expectation(name), name, call, *lines)
 
     only_float32 = any(name not in ("x", "core") for name in of)
     if only_float32:
@@ -199,8 +207,9 @@ def assert_gradients_of_weights(shared_core: Subject, case: CoreCase) -> None:
     factors = {name: given for name, given in layer_inputs(call).items() if name != "bias"}
     found = by_element(layer, factors, call)
     for name in factors:
-        shown = "out.reconstruct(0).sum().backward(); "
-        compare_gradient(found[name], truth.expectation(name), name, call, shown)
+        listed = f"[out.reconstruct(e) for e in range({len(weights)})]"
+        lines = backward_lines(call, "x", listed)
+        compare_gradient(found[name], truth.expectation(name), name, call, *lines)
 
 
 # Counts

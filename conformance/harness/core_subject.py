@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from conformance.harness.calls import Call
 from conformance.harness.compare import assert_close_to, assert_tensor
-from conformance.harness.core_oracle import outputs_of, weights_of
+from conformance.harness.core_oracle import outputs_of, seed_of, weights_of
 from conformance.harness.failures import ConformanceFailure, Declined, Inconclusive, failing_at
 from conformance.harness.requirement import current_tally
 from conformance.harness.subject import Subject, changes_caught, errors_named, reject_alias
+from conformance.harness.tolerance import Expectation
 
 Edit = Callable[[nn.Module], object]
 
@@ -49,7 +51,22 @@ def asking(source: str, call: Call, *tensors: Tensor) -> Iterator[None]:
         with failing_at(call), changes_caught(list(tensors)), errors_named(source):
             yield
     except ConformanceFailure as failure:
-        failure.shown_by = failure.shown_by.replace("print(out", f"print({source}", 1)
+        element = re.match(r"print\(out, '(expected .*?(\[[\d, ]*\]): .*)'\)$", failure.shown_by)
+        if element:
+            text, at = element.groups()
+            failure.shown_by = f"print(({source}){at}.item(), {text!r})"
+        else:
+            failure.shown_by = failure.shown_by.replace("print(out", f"print({source}", 1)
+        raise
+
+
+@contextmanager
+def after(*lines: str) -> Iterator[None]:
+    """A failure in here is shown after these lines of Python."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        failure.shown_by = "\n".join((*lines, failure.shown_by))
         raise
 
 
@@ -97,6 +114,16 @@ def compare_weights(layer: nn.Module, call: Call, right: Call | None = None) -> 
         with asking(f"out.reconstruct({expert})", call):
             expected = truth.expectation(f"output {expert}")
             assert_close_to(found, expected, call, name=f"the weight of expert {expert}")
+
+
+def backward_lines(call: Call, given: str, outputs: str) -> tuple[str, ...]:
+    """Python that makes the gradients which the oracle has, at outputs made of ``given``."""
+    return (
+        f"{given}.requires_grad_()",
+        f"h = torch.Generator().manual_seed({seed_of(call)})",
+        f"ys = {outputs}",
+        "torch.autograd.backward(ys, [torch.randn(y.shape, generator=h).to(y.dtype) for y in ys])",
+    )
 
 
 # State
@@ -154,23 +181,36 @@ def moved(layer: nn.Module, move: str, call: Call) -> nn.Module:
         return MOVES[move](layer)
 
 
+def as_line(move: str) -> str:
+    """A move as a line of Python."""
+    done = move.removeprefix("after ")
+    return f"out = out{done}" if done.startswith(".") else "import copy; out = copy.deepcopy(out)"
+
+
 # Gradients
 
 
 def compare_gradient(
-    found: Tensor | None, expected: Any, name: str, call: Call, shown: str = ""
+    found: Tensor | None, expected: Expectation, name: str, call: Call, *lines: str
 ) -> None:
-    """A gradient is there, and within the limits."""
+    """A gradient is there, and within the limits; ``lines`` of Python make it."""
     what = f"the gradient of {name}"
     if found is None:
         raise ConformanceFailure("no gradient", f"{what} is missing", call=call)
     shape = tuple(expected.value.shape)
     assert_tensor(found, shape, call.dtype, found.device, call=call, name=what)
-    try:
-        assert_close_to(found, expected, call, name=what)
-    except ConformanceFailure as failure:
-        failure.shown_by = f"{shown}{failure.shown_by}"
-        raise
+    places = {"core": "out.core.grad", "x": "x.grad", "hidden": "hidden.grad"}
+    with after(*lines):
+        if name in places:
+            with asking(places[name], call):
+                assert_close_to(found, expected, call, name=what)
+            return
+        try:
+            assert_close_to(found, expected, call, name=what)
+        except ConformanceFailure as failure:
+            gradients = "[(n, p.grad) for n, p in out.named_parameters()]"
+            failure.shown_by = failure.shown_by.replace("print(out", f"print({gradients}", 1)
+            raise
 
 
 def by_element(

@@ -330,7 +330,7 @@ def assert_contradicted(
         edit(document)
         lines, shown = judged(statistics, written(document), call)
         if not any(name in line for line in lines):
-            summary = f"no line names {name}, which is wrong: {lines[:3] or 'no contradictions'}"
+            summary = f"{name} is wrong and no line names it: {lines[:3] or 'there is none'}"
             raise ConformanceFailure("missed", summary, call=call, shown_by=shown)
 
 
