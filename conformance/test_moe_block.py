@@ -157,6 +157,17 @@ def test_a_down_projection_that_is_square_is_not_transposed(moe_block, case):
     assert_matches(moe_block, case)
 
 
+@requirement("moe_block.sizes.square-router", source=QWEN3, confusable={"experts = hidden"})
+@given(
+    case=st.sampled_from([12, 16]).flatmap(
+        lambda n: block_cases(hidden=n, experts=n, normalize=NORMALISED)
+    )
+)
+def test_a_router_that_is_square_is_not_transposed(moe_block, case):
+    """Where there are as many experts as hidden dimensions, the router's rows are experts."""
+    assert_matches(moe_block, case)
+
+
 # Experts
 
 
@@ -353,3 +364,11 @@ def test_two_runs_are_identical(moe_block, case):
         assert_identical(run(moe_block, call), first, call, because="a second run differs")
 
     in_every_lane(case, check, moe_block.device)
+
+
+@requirement("moe_block.inputs.any-strides", source=QWEN3, level="extended")
+@given(case=EITHER)
+def test_hidden_states_may_have_any_strides(moe_block, case):
+    """Hidden states of a model whose tokens come before batch rows in memory are taken by index."""
+    turned = "hidden = hidden.transpose(0, 1).contiguous().transpose(0, 1)"
+    assert_same_as(moe_block, case, turned)

@@ -98,7 +98,7 @@ def test_experts_whose_logits_are_neighbours_are_told_apart(moe_router, case):
 
 
 @requirement("moe_router.weights.large-logits", source=SWITCH)
-@given(case=router_cases(logits="large", score=SCORES))
+@given(case=router_cases(logits="large", score=SCORES, normalize=st.booleans()))
 def test_large_logits_have_finite_weights(moe_router, case):
     """Logits of thousands give probabilities of 0 and 1, and neither infinity nor NaN."""
     assert_routes(moe_router, case)
@@ -145,7 +145,13 @@ def test_the_experts_with_the_largest_scores_are_chosen(moe_router, case):
 
 
 @requirement("moe_router.choice.many-experts", source=QWEN)
-@given(case=router_cases(experts=st.sampled_from([128, 192, 256]), top_k=st.sampled_from([6, 8])))
+@given(
+    case=router_cases(
+        experts=st.sampled_from([128, 192, 256]),
+        top_k=st.sampled_from([6, 8]),
+        normalize=st.booleans(),
+    )
+)
 def test_hundreds_of_experts(moe_router, case):
     """Of 128 to 256 experts the right ones are chosen, in 16 bits as well."""
     assert_routes(moe_router, case)
@@ -159,7 +165,11 @@ def test_of_experts_with_equal_scores_any_are_chosen_once(moe_router, case):
 
 
 @requirement("moe_router.choice.ties-lowest-index", source=QWEN, level="extended")
-@given(case=router_cases(logits="tied", score=SCORES, experts=st.sampled_from([12, 16, 24])))
+@given(
+    case=router_cases(
+        logits="tied", score=SCORES, experts=st.sampled_from([12, 16, 24]), normalize=st.booleans()
+    )
+)
 def test_of_experts_with_equal_scores_the_first_are_chosen(moe_router, case):
     """Of experts with equal scores those with the lowest index are chosen."""
     assert_lowest_index(moe_router, case)
@@ -321,6 +331,7 @@ def test_the_loss_is_that_of_switch_transformers(moe_router, case):
     case=st.sampled_from([(6, 2), (8, 3), (12, 5)]).flatmap(
         lambda sizes: router_cases(
             loss=True,
+            normalize=st.booleans(),
             logits="rolled",
             experts=sizes[0],
             top_k=sizes[1],
@@ -334,17 +345,32 @@ def test_the_loss_of_balanced_routing_is_top_k(moe_router, case):
 
 
 @requirement("moe_router.loss.collapsed", source=SWITCH)
-@given(case=router_cases(loss=True, logits="alike"))
+@given(case=router_cases(loss=True, logits="alike", normalize=st.booleans()))
 def test_the_loss_of_collapsed_routing_is_larger(moe_router, case):
     """Where all tokens go to the same experts, the loss is experts times their probability."""
     assert_loss_is(moe_router, case, collapsed)
 
 
 @requirement("moe_router.loss.gradient", source=SWITCH)
-@given(case=router_cases(loss=True))
+@given(case=router_cases(loss=True, normalize=st.booleans()))
 def test_gradients_reach_the_logits_through_the_probabilities(moe_router, case):
     """The gradient of the loss is that of P alone, for f is a count, and is not zero."""
     assert_loss_gradient(moe_router, case)
+
+
+@requirement("moe_router.loss.of-what-is-chosen", source=DEEPSEEK)
+@given(
+    case=router_cases(
+        loss=True,
+        score=SCORES,
+        bias=st.sampled_from([None, "random"]),
+        groups=st.sampled_from([None, "any"]),
+        scaling=st.sampled_from([1.0, 2.5]),
+    )
+)
+def test_the_loss_counts_the_experts_that_are_chosen(moe_router, case):
+    """f counts the experts chosen by bias and groups; P is the softmax, whatever the scores are."""
+    assert_loss(moe_router, case)
 
 
 @requirement("moe_router.loss.changes-no-weights", source=SWITCH)
@@ -387,7 +413,11 @@ def test_a_token_alone_is_routed_as_among_others(moe_router, case):
 
 
 @requirement("moe_router.tokens.all-to-the-same", source=MIXTRAL)
-@given(case=router_cases(logits="alike", tokens=st.sampled_from([17, 33]), score=SCORES))
+@given(
+    case=router_cases(
+        logits="alike", tokens=st.sampled_from([17, 33]), score=SCORES, normalize=st.booleans()
+    )
+)
 def test_no_token_is_dropped(moe_router, case):
     """However many tokens go to one expert, all of them do."""
     assert_routes(moe_router, case)
@@ -439,6 +469,13 @@ def test_two_runs_are_identical(moe_router, case):
             assert_identical(found, before, call, because="a second run differs")
 
     in_every_lane(case, check, moe_router.device)
+
+
+@requirement("moe_router.inputs.any-strides", source=QWEN, level="extended")
+@given(case=EVERY)
+def test_logits_may_have_any_strides(moe_router, case):
+    """Logits that are a transposed view are routed by index, not as they lie in memory."""
+    assert_routes_edited(moe_router, case, "logits = logits.T.contiguous().T")
 
 
 # What is refused

@@ -202,6 +202,15 @@ class SquareDownTransposed(OtherProjections):
         return down_EHI.mT if down_EHI.shape[1] == down_EHI.shape[2] else down_EHI
 
 
+@near("sizes.square-router")
+class SquareRouterTransposed(MoEBlock):
+    """A router that is square is taken for [hidden, experts]."""
+
+    def moe_block(self, hidden, router, *projections, **options):
+        router = router.T if router.shape[0] == router.shape[1] else router
+        return super().moe_block(hidden, router, *projections, **options)
+
+
 # Experts
 
 
@@ -453,3 +462,14 @@ class RandomBits(After):
 
     def after(self, out, hidden):
         return out * (1 + torch.finfo(out.dtype).eps * (torch.rand_like(out) < 0.5))
+
+
+@near("inputs.any-strides")
+class OrderOfMemory(MoEBlock):
+    """Hidden states are read as they lie in memory."""
+
+    def moe_block(self, hidden, *weights, **options):
+        _, tokens, width = hidden.shape
+        return super().moe_block(
+            hidden.as_strided(hidden.shape, (tokens * width, width, 1)), *weights, **options
+        )

@@ -471,6 +471,28 @@ class GradientOfTheShareToo(MoERouter):
         return logits.shape[-1] * ((share_E + more) * scores_TE.mean(0)).sum()
 
 
+@near("loss.of-what-is-chosen")
+class LossOfScores(MoERouter):
+    """P is the mean of the scores that experts are chosen by."""
+
+    def moe_router(self, logits, *, score="softmax", **options):
+        self.score = score
+        return super().moe_router(logits, score=score, **options)
+
+    def balancing_loss(self, logits, indices_TK):
+        share_E = indices_TK.flatten().bincount(minlength=logits.shape[-1]) / max(len(logits), 1)
+        return logits.shape[-1] * (share_E * self.expert_scores(logits, self.score).mean(0)).sum()
+
+
+@near("loss.of-what-is-chosen")
+class LossOfTheUnbiased(MoERouter):
+    """The loss counts the best experts without the bias."""
+
+    def balancing_loss(self, logits, indices_TK):
+        best_TK = logits.topk(indices_TK.shape[-1], dim=-1).indices
+        return super().balancing_loss(logits, best_TK)
+
+
 @near("loss.changes-no-weights")
 class NormalisedForTheLoss(MoERouter):
     """Asked for the loss, weights are normalised."""
@@ -585,6 +607,14 @@ class AnswersKept(MoERouter):
         before = kept.setdefault(key, weights.detach())
         kept[key] = weights.detach()
         return (weights + (before - weights).detach() * 1e-3, *rest)
+
+
+@near("inputs.any-strides")
+class OrderOfMemory(OtherLogits):
+    """Logits are read as they lie in memory."""
+
+    def before(self, logits):
+        return logits.as_strided(logits.shape, (logits.shape[1], 1))
 
 
 # What is refused

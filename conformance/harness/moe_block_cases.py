@@ -62,7 +62,12 @@ class BlockCase:
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong blocks give the right answer."""
         equal = set()
-        for a, b in (("batch", "tokens"), ("experts", "top_k"), ("batch", "experts")):
+        for a, b in (
+            ("batch", "tokens"),
+            ("experts", "top_k"),
+            ("batch", "experts"),
+            ("experts", "hidden"),
+        ):
             if getattr(self, a) == getattr(self, b):
                 equal.add(f"{a} = {b}")
         if 2 * self.intermediate == self.hidden:
