@@ -81,6 +81,26 @@ BUNDLED: dict[str, Bundled] = {
             "transformers' Qwen2ForCausalLM, with its own tensor parallelism",
         ),
         _bundled(
+            "transformers-experts-eager",
+            "transformers_experts:TransformersEagerExperts",
+            "transformers' Qwen3-MoE experts, one after another",
+        ),
+        _bundled(
+            "transformers-experts-batched",
+            "transformers_experts:TransformersBatchedExperts",
+            "the same with experts_implementation='batched_mm'",
+        ),
+        _bundled(
+            "transformers-experts-grouped",
+            "transformers_experts:TransformersGroupedExperts",
+            "the same with experts_implementation='grouped_mm'",
+        ),
+        _bundled(
+            "transformers-experts-llama4",
+            "transformers_experts:TransformersLlama4Experts",
+            "transformers' Llama 4 experts: transposed, weights on the input",
+        ),
+        _bundled(
             "transformers-eager",
             "transformers_attention:TransformersEager",
             "transformers' eager attention, masks, rotary embeddings and cache",
