@@ -35,7 +35,7 @@ class CompressedCase:
     """Layers without experts."""
     top_k: int = 2
     hidden: int = 24
-    inner: int = 18
+    inner: int = 20
     """The width inside an expert."""
     normalize: bool = True
     tied: bool = False
@@ -44,7 +44,7 @@ class CompressedCase:
     """``mixed``: factors in float32 beside others in bfloat16."""
     compression: str | None = "json"
     """How the compression's configuration is written: ``json``, ``yaml``, ``first`` or not at all."""
-    statistics: bool = True
+    statistics: bool = False
     metadata: bool = True
     """Whether a projection's metadata are in a file of their own."""
     placed: bool = True
@@ -210,6 +210,7 @@ class CompressedCase:
             "import json, os, tempfile, safetensors.torch, yaml",
             "folder = tempfile.TemporaryDirectory()",
             "source = os.path.join(folder.name, 'model')",
+            "os.mkdir(source)",
             *self.weight_lines(),
             *edits,
             *self.content_lines(),
@@ -248,7 +249,8 @@ STATISTICS_LINES = (
     "    'total_params_original': before, 'total_params_compressed': now,",
     "    'total_compression_ratio': now / before, 'total_reduction_percent': 100 * (1 - now / before),",
     "    'active_params_original': active, 'active_params_compressed': used,",
-    "    'active_compression_ratio': used / active, 'active_change_percent': 100 * (used / active - 1),",
+    "    'active_compression_ratio': used / active,",
+    "    'active_change_percent': 100 * (used / active - 1),",
     "    'total_memory_original_gb': before * 2 / 1e9, 'total_memory_compressed_gb': now * 2 / 1e9,",
     "    'memory_saved_gb': (before - now) * 2 / 1e9, 'per_layer_stats': entries}",
 )

@@ -1,4 +1,4 @@
-"""Folders as plain torch, safetensors, json and yaml read them: what was saved, and what was exported."""
+"""Folders as plain torch, safetensors, json and yaml read them: what was saved or exported."""
 
 from __future__ import annotations
 

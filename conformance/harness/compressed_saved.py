@@ -1,0 +1,527 @@
+"""Checks of what a compressed model saves and exports, read without the code that wrote it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from conformance.harness.compare import assert_close_to, assert_identical
+from conformance.harness.compressed_cases import CompressedCase
+from conformance.harness.compressed_checks import assert_same_weights, complete, truth_of
+from conformance.harness.compressed_files import (
+    digests,
+    expected_files,
+    experts_of,
+    exported_name,
+    files_in,
+    read_exported,
+    read_mapping,
+    read_pt_entries,
+    read_weights,
+    true_weights,
+)
+from conformance.harness.compressed_oracle import expected_logits
+from conformance.harness.compressed_subject import Loaded, counted, load
+from conformance.harness.core_cases import PROJECTIONS
+from conformance.harness.failures import ConformanceFailure
+from conformance.harness.gpt_honesty import files_no_larger_than
+from conformance.harness.subject import Subject
+from conformance.harness.tolerance import Expectation, expect
+
+
+@contextmanager
+def place() -> Iterator[Path]:
+    """The path of a folder that is not there, alone in its parent."""
+    with tempfile.TemporaryDirectory() as parent:
+        yield Path(parent) / "saved"
+
+
+def other_format(case: CompressedCase) -> str:
+    """The format that the case is not in."""
+    return "safetensors" if case.format == "pt" else "pt"
+
+
+SAVED = "out.save(folder.name + '/saved', format={!r})"
+EXPORTED = "out.export(folder.name + '/saved')"
+
+
+def loaded_from(subject: Subject, case: CompressedCase, *edits: str, **rest) -> Loaded:
+    """The model of a case's folder."""
+    return load(subject, case.call(*edits, device=subject.device, **rest))
+
+
+def own(loaded: Loaded) -> dict[str, Tensor]:
+    """The model's weights, copied."""
+    return complete(loaded.snapshot(), loaded.call)
+
+
+def read_saved(folder: Path, loaded: Loaded, format: str) -> dict[str, Tensor]:
+    """The weights of a saved folder."""
+    try:
+        return read_weights(folder, loaded.call.case, format)
+    except Exception as error:
+        summary = f"what was saved cannot be read: {type(error).__name__}: {error}"
+        raise loaded.wrong("unreadable", summary, SAVED.format(format)) from error
+
+
+def assert_saved_weights(
+    folder: Path, loaded: Loaded, expected: dict[str, Tensor], format: str, what: str
+) -> None:
+    """A saved folder holds these weights, bit for bit."""
+    found = read_saved(folder, loaded, format)
+    assert_same_weights(found, expected, loaded.call, what, SAVED.format(format))
+
+
+# Saving
+
+
+def assert_complete(subject: Subject, case: CompressedCase, format: str) -> None:
+    """Every file of the layout is there, and no other file of weights."""
+    loaded = loaded_from(subject, case)
+    with place() as target:
+        loaded.save(str(target), format)
+        assert_layout(target, loaded, format)
+
+
+def assert_layout(folder: Path, loaded: Loaded, format: str) -> None:
+    """The files of one checkpoint, and no weights or layers of another."""
+    counted()
+    expected, found = expected_files(loaded.call.case, format), files_in(folder)
+    for name in sorted(expected - found):
+        raise loaded.wrong("incomplete", f"save() writes no {name}", SAVED.format(format))
+    for name in sorted(found - expected):
+        if name.startswith("layer_") or name.endswith((".pt", ".safetensors")):
+            summary = f"{name} is there, which is not of this checkpoint"
+            raise loaded.wrong("stale file", summary, SAVED.format(format))
+
+
+def assert_round_trip(subject: Subject, case: CompressedCase, format: str) -> None:
+    """What is saved is what was loaded, bit for bit, in the model's dtype."""
+    loaded = loaded_from(subject, case)
+    dtype = loaded.call.named("others")["model.norm.weight"].dtype
+    with place() as target:
+        loaded.save(str(target), format)
+        expected = true_weights(loaded.call, dtype)
+        assert_saved_weights(target, loaded, expected, format, "the saved folder")
+
+
+def assert_loads_again(subject: Subject, case: CompressedCase) -> None:
+    """What is saved in one format and then in the other loads as the same model each time."""
+    loaded = loaded_from(subject, case)
+    loaded.change(lambda name: True)
+    expected, logits = own(loaded), loaded.logits()
+    (_,), options = loaded.call.values()
+    for format in (other_format(case), case.format):
+        with place() as target:
+            loaded.save(str(target), format)
+            loaded = Loaded(subject(str(target), **options), loaded.call)
+            found = own(loaded)
+        assert_same_weights(found, expected, loaded.call, f"a folder saved as {format}")
+        because = f"saved as {format} and loaded again"
+        assert_identical(loaded.logits(), logits, loaded.call, because=because)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter is of experts."""
+    return name.startswith("layer_")
+
+
+def assert_changes_saved(
+    subject: Subject, case: CompressedCase, pick: Callable[[str], bool]
+) -> None:
+    """Parameters that were changed in place are saved as they are now, all others as they were."""
+    loaded = loaded_from(subject, case)
+    loaded.change(pick)
+    with place() as target:
+        loaded.save(str(target), case.format)
+        assert_saved_weights(target, loaded, own(loaded), case.format, "the saved folder")
+
+
+# The small files
+
+
+def saved_mapping(subject: Subject, case: CompressedCase, name: str) -> tuple[Loaded, dict]:
+    """A small file of a saved folder."""
+    loaded = loaded_from(subject, case)
+    with place() as target:
+        loaded.save(str(target), case.format)
+        if not (target / name).exists():
+            raise loaded.wrong("incomplete", f"save() writes no {name}", SAVED.format(case.format))
+        counted()
+        try:
+            found = read_mapping(target / name)
+        except (ValueError, yaml.YAMLError) as error:
+            raise loaded.wrong("unreadable", f"{name} cannot be read: {error}") from error
+    return loaded, found
+
+
+def assert_says(loaded: Loaded, name: str, found: dict, expected: dict) -> None:
+    """A small file has these entries."""
+    for key, value in expected.items():
+        if key not in found or found[key] != value:
+            says = repr(found[key]) if key in found else "nothing"
+            summary = f"{name} says {says} of {key}, expected {value!r}"
+            raise loaded.wrong("wrong fact", summary, SAVED.format(loaded.call.case.format))
+
+
+def assert_config(subject: Subject, case: CompressedCase) -> None:
+    """``config.json`` still describes the original."""
+    loaded, found = saved_mapping(subject, case, "config.json")
+    given = {k: v for k, v in case.config().items() if k not in ("rope_theta", "architectures")}
+    if case.model == "qwen3_moe" and "num_experts" not in found:
+        given["num_local_experts"] = given.pop("num_experts")
+    assert_says(loaded, "config.json", found, given)
+
+
+def assert_compression_config(subject: Subject, case: CompressedCase) -> None:
+    """``compression_config.json`` says rank, projections, number of experts and dtype."""
+    loaded, found = saved_mapping(subject, case, "compression_config.json")
+    dtype = "float32" if case.stored == "float32" else "bfloat16"
+    expected = {"rank": case.rank, "num_experts": case.experts, "dtype": dtype}
+    if case.compression:
+        expected["model_name"] = "tiny"
+    found["projections"] = sorted(found.get("projections", []))
+    expected["projections"] = sorted(PROJECTIONS)
+    found["dtype"] = str(found.get("dtype")).removeprefix("torch.")
+    assert_says(loaded, "compression_config.json", found, expected)
+
+
+def assert_layer_metadata(subject: Subject, case: CompressedCase) -> None:
+    """``compressed_metadata.json`` says which layers have experts, and metadata what sizes."""
+    loaded, found = saved_mapping(subject, case, "compressed_metadata.json")
+    layers = case.expert_layers
+    expected = {"num_compressed_layers": len(layers), "total_layers": case.layers}
+    expected["compressed_layer_indices"] = layers
+    assert_says(loaded, "compressed_metadata.json", found, expected)
+    with place() as target:
+        loaded.save(str(target), "pt")
+        entries = read_pt_entries(target, case)
+        for (layer, projection), said in entries.items():
+            counted()
+            d_out, d_in = case.shapes[projection]
+            sizes = {"num_experts": case.experts, "d_in": d_in, "d_out": d_out, "rank": case.rank}
+            whole = {"layer_idx": layer, "projection": projection, "metadata": sizes}
+            assert_says(loaded, f"layer_{layer}/{projection}.pt", said, whole)
+            name = f"layer_{layer}/{projection}_metadata.json"
+            assert_says(loaded, name, read_mapping(target / name), sizes)
+
+
+def assert_statistics(subject: Subject, case: CompressedCase) -> None:
+    """``compression_statistics.yaml`` has the exact counts, and ratios that are not rounded."""
+    loaded, found = saved_mapping(subject, case, "compression_statistics.yaml")
+    expected = loaded.call.named("files")["compression_statistics.yaml"]
+    by_place = {(e.get("layer_idx"), e.get("projection")): e for e in found["per_layer_stats"]}
+    pairs = [("", found, {k: v for k, v in expected.items() if k != "per_layer_stats"})]
+    pairs += [
+        (
+            f"layer {e['layer_idx']} {e['projection']}: ",
+            by_place.get((e["layer_idx"], e["projection"]), {}),
+            e,
+        )
+        for e in expected["per_layer_stats"]
+    ]
+    for where, said, right in pairs:
+        for key, value in right.items():
+            counted()
+            # Ratios are quotients of integers: two ways to round them differ in the last bits.
+            near = abs(float(value)) * 2.0**-45 if isinstance(value, float) else 0
+            if key not in said or (said[key] != value and not abs(said[key] - value) <= near):
+                summary = (
+                    f"compression_statistics.yaml: {where}{key} is {said.get(key)!r}, not {value!r}"
+                )
+                raise loaded.wrong("wrong fact", summary, SAVED.format(case.format))
+    if len(by_place) != len(expected["per_layer_stats"]):
+        raise loaded.wrong("wrong fact", f"per_layer_stats has {len(by_place)} entries")
+
+
+TOKENIZER = {
+    "tokenizer.json": '{"version": "1.0"}',
+    "tokenizer_config.json": '{"model_max_length": 64}',
+    "special_tokens_map.json": "{}",
+    "generation_config.json": '{"do_sample": true}',
+}
+
+
+def assert_companions(subject: Subject, case: CompressedCase) -> None:
+    """Tokenizer files and the configuration of generation travel with the model."""
+    lines = tuple(
+        f"open(f'{{source}}/{name}', 'w').write({text!r}) and None"
+        for name, text in TOKENIZER.items()
+    )
+    loaded = loaded_from(subject, case, after=lines)
+    for write, shown_by in (
+        (lambda target: loaded.save(target, case.format), SAVED.format(case.format)),
+        (loaded.export, EXPORTED),
+    ):
+        with place() as target:
+            write(str(target))
+            counted()
+            for name in TOKENIZER:
+                if not (target / name).exists():
+                    raise loaded.wrong("incomplete", f"{name} is not there", shown_by)
+
+
+# Where it is saved
+
+
+def assert_over_older(subject: Subject, case: CompressedCase) -> None:
+    """Over a checkpoint with more layers, in the other format, the new one stands alone."""
+    older = replace(case, layers=case.layers + 1, dense=(), format=other_format(case))
+    old = loaded_from(subject, older)
+    loaded = loaded_from(subject, case)
+    with place() as target:
+        old.save(str(target), older.format)
+        loaded.save(str(target), case.format)
+        assert_layout(target, loaded, case.format)
+        assert_saved_weights(target, loaded, own(loaded), case.format, "the saved folder")
+        (_,), options = loaded.call.values()
+        again = Loaded(subject(str(target), **options), loaded.call)
+        assert_same_weights(own(again), own(loaded), loaded.call, "the folder saved over another")
+
+
+def assert_same_sizes_again(subject: Subject, case: CompressedCase) -> None:
+    """Saved twice to one folder, and changed between, it holds the later model."""
+    loaded = loaded_from(subject, case)
+    with place() as target:
+        loaded.save(str(target), case.format)
+        loaded.change(lambda name: True)
+        loaded.save(str(target), case.format)
+        assert_saved_weights(target, loaded, own(loaded), case.format, "the folder saved to twice")
+
+
+@contextmanager
+def kept(source: Path) -> Iterator[None]:
+    """Put a folder back in the end."""
+    aside = source.with_name("aside")
+    shutil.copytree(source, aside)
+    try:
+        yield
+    finally:
+        shutil.rmtree(source, ignore_errors=True)
+        aside.rename(source)
+
+
+def assert_onto_itself(subject: Subject, case: CompressedCase) -> None:
+    """Saving to the very folder that was loaded, in another format too, keeps every bit."""
+    loaded = loaded_from(subject, case)
+    source = Path(loaded.call.named("source"))
+    loaded.change(is_factor)
+    with kept(source):
+        for format in (case.format, other_format(case)):
+            loaded.save(str(source), format)
+            assert_layout(source, loaded, format)
+            assert_saved_weights(source, loaded, own(loaded), format, "the folder saved to")
+
+
+def assert_nothing_beside(subject: Subject, case: CompressedCase) -> None:
+    """Nothing is left behind beside the folders that are written."""
+    loaded = loaded_from(subject, case)
+    with place() as target:
+        for write, shown_by in (
+            (lambda path: loaded.save(path, case.format), SAVED.format(case.format)),
+            (loaded.export, EXPORTED),
+        ):
+            for _ in range(2):
+                write(str(target))
+                counted()
+                beside = sorted(p.name for p in target.parent.iterdir() if p != target)
+                if beside:
+                    raise loaded.wrong("left behind", f"{beside[0]} is beside the folder", shown_by)
+            shutil.rmtree(target)
+
+
+def assert_failing_save(subject: Subject, case: CompressedCase) -> None:
+    """A save that cannot be finished raises, and leaves the old checkpoint as it was, alone."""
+    loaded = loaded_from(subject, case)
+    sizes = [loaded.call.named("others")["model.embed_tokens.weight"].nbytes, 600, 2500, 0]
+    limit = sizes[case.which % len(sizes)]
+    with place() as target:
+        loaded.save(str(target), case.format)
+        before = digests(target.parent)
+        loaded.change(lambda name: True)
+        shown = f"{SAVED.format(case.format)}  # with room for files of {limit} bytes"
+        try:
+            with files_no_larger_than(limit):
+                loaded.save(str(target), case.format)
+        except ConformanceFailure as failure:
+            if not failure.kind.startswith("raised "):
+                raise
+        else:
+            summary = f"save() returns although no file could be larger than {limit} bytes"
+            raise loaded.wrong("accepted", summary, shown)
+        counted()
+        after = digests(target.parent)
+        if after != before:
+            changed = sorted(set(before.items()) ^ set(after.items()))[0][0]
+            raise loaded.wrong("half written", f"a save that failed changed {changed}", shown)
+
+
+def assert_model_unchanged(subject: Subject, case: CompressedCase) -> None:
+    """Saving and exporting leave the model as it was."""
+    loaded = loaded_from(subject, case)
+    before, logits = own(loaded), loaded.logits()
+    with place() as target:
+        loaded.save(str(target), other_format(case))
+    with place() as target:
+        loaded.export(str(target))
+    assert_same_weights(own(loaded), before, loaded.call, "the model after save() and export()")
+    because = "the model was saved and exported"
+    assert_identical(loaded.logits(), logits, loaded.call, because=because)
+
+
+# Exporting
+
+
+def exported(loaded: Loaded, target: Path) -> dict[str, Tensor]:
+    """The tensors of an export."""
+    loaded.export(str(target))
+    try:
+        return read_exported(target)
+    except Exception as error:
+        summary = f"what was exported cannot be read: {type(error).__name__}: {error}"
+        raise loaded.wrong("unreadable", summary, EXPORTED) from error
+
+
+def assert_exported_names(subject: Subject, case: CompressedCase) -> None:
+    """The names in the files are exactly the original's, and nothing of the compression is left."""
+    loaded = loaded_from(subject, case)
+    with place() as target:
+        found = set(exported(loaded, target))
+        files = files_in(target)
+    counted()
+    expected = set(case.other_shapes()) | {
+        exported_name(case, layer, expert, projection)
+        for layer in case.expert_layers
+        for expert in range(case.experts)
+        for projection in PROJECTIONS
+    }
+    if case.tied:
+        found.discard("lm_head.weight")
+    for name in sorted(expected ^ found):
+        what = "is missing" if name in expected else "is not of the original"
+        raise loaded.wrong("wrong names", f"{name} {what}", EXPORTED)
+    for name in ("compression_config.json", "compressed_metadata.json"):
+        if name in files:
+            summary = f"an export with {name} passes for a compressed folder"
+            raise loaded.wrong("stale file", summary, EXPORTED)
+
+
+def reconstruction(value: Tensor, dtype: torch.dtype) -> Expectation:
+    """A weight that was reconstructed: computed in float32 at least, and rounded once to its dtype.
+
+    The noise of an element of (I + U Vᵀ) C (I + U Vᵀ) is taken as the root mean square of the weight.
+    """
+    noise = value.square().mean().sqrt() + value.abs()
+    if dtype == torch.float32:
+        return expect(value, [], noise, dtype)
+    return expect(value, [value.to(dtype)], torch.zeros_like(value), dtype)
+
+
+def assert_exported_experts(
+    subject: Subject, case: CompressedCase, *, change: bool = False
+) -> None:
+    """Every expert is written as what its factors make, each under its own name, in one dtype."""
+    loaded = loaded_from(subject, case)
+    if change:
+        loaded.change(lambda name: True)
+    weights = own(loaded)
+    dtype = weights["model.norm.weight"].dtype
+    with place() as target:
+        found = exported(loaded, target)
+    for name, value in experts_of(weights, case).items():
+        if name not in found:
+            raise loaded.wrong("wrong names", f"{name} is missing", EXPORTED)
+        if found[name].dtype != dtype or found[name].shape != value.shape:
+            what = f"{found[name].dtype} {list(found[name].shape)}"
+            summary = f"{name} is {what}, expected {dtype} {list(value.shape)}"
+            raise loaded.wrong("wrong dtype or shape", summary, EXPORTED)
+        call = replace(loaded.call, dtype=dtype)
+        assert_close_to(found[name], reconstruction(value, dtype), call, name=name)
+
+
+def assert_exported_others(subject: Subject, case: CompressedCase) -> None:
+    """Every weight that is not of an expert is exported bit for bit, as it is now."""
+    loaded = loaded_from(subject, case)
+    loaded.change(lambda name: not is_factor(name))
+    expected = {name: each for name, each in own(loaded).items() if not is_factor(name)}
+    with place() as target:
+        found = exported(loaded, target)
+    found = {name: found[name] for name in expected if name in found}
+    assert_same_weights(found, expected, loaded.call, "the export", EXPORTED)
+
+
+def assert_exported_function(subject: Subject, case: CompressedCase, *, change: bool) -> None:
+    """transformers loads the export without a missing or unknown weight; its logits are the model's."""
+    loaded = loaded_from(subject, case)
+    expectation = truth_of(loaded.call, torch.float32)
+    ids = loaded.call.named("ids")
+    if change:
+        loaded.change(lambda name: True)
+        expectation = expected_logits(case, own(loaded), ids, torch.float32)
+    with place() as target:
+        loaded.export(str(target))
+        logits, problems = logits_of_transformers(target, ids, loaded)
+    counted()
+    for kind, names in problems.items():
+        if names:
+            raise loaded.wrong("wrong names", f"transformers finds {kind}: {names[0]}", EXPORTED)
+    assert_close_to(logits, expectation, loaded.call, name="logits of the export")
+
+
+def logits_of_transformers(
+    folder: Path, ids: Tensor, loaded: Loaded
+) -> tuple[Tensor, dict[str, list[str]]]:
+    """What transformers makes of a folder, and what it says of its weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
+        )
+        with torch.no_grad():
+            logits = model.eval()(input_ids=ids.cpu(), use_cache=False).logits
+    except Exception as error:
+        summary = f"transformers cannot load it: {type(error).__name__}: {str(error)[:200]}"
+        raise loaded.wrong("unreadable", summary, EXPORTED) from error
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return logits, {kind: sorted(map(str, info.get(kind) or ())) for kind in kinds}
+
+
+def assert_export_over_older(subject: Subject, case: CompressedCase) -> None:
+    """An export over an older one with more layers is the new one alone."""
+    old = loaded_from(subject, replace(case, layers=case.layers + 1, dense=()))
+    loaded = loaded_from(subject, case)
+    with place() as target:
+        old.export(str(target))
+        found = exported(loaded, target)
+        names = {name for name in files_in(target) if name.endswith(".safetensors")}
+        index = target / "model.safetensors.index.json"
+        used = {"model.safetensors"}
+        if index.exists():
+            used = set(json.loads(index.read_text())["weight_map"].values())
+    counted()
+    for name in sorted(names - used):
+        raise loaded.wrong("stale file", f"{name} is of the export before", EXPORTED)
+    beyond = [n for n in found if n.startswith(f"model.layers.{case.layers}.")]
+    if beyond:
+        raise loaded.wrong("stale file", f"{beyond[0]} is of the export before", EXPORTED)
+    expected = {n: t for n, t in own(loaded).items() if not is_factor(n)}
+    found = {n: found[n] for n in expected if n in found}
+    assert_same_weights(found, expected, loaded.call, "the later export", EXPORTED)
