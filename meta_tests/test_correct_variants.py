@@ -45,16 +45,45 @@ BROAD = {
         "flat_shards.gradient.bfloat16",
         "flat_shards.forward.bfloat16",
     ),
+    "moe_router": ("moe_router.options.any-combination", "moe_router.gradient.options"),
+    "experts": ("experts.forward.values", "experts.gradient.of-one"),
+    "moe_block": ("moe_block.options.any-combination", "moe_block.gradient.all"),
+    "expert_parallel_block": (
+        "expert_parallel_block.output.three-ranks",
+        "expert_parallel_block.gradient.hidden",
+    ),
+    "shared_core": ("shared_core.forward.values", "shared_core.fold.values"),
+    "shared_core_fit": ("shared_core_fit.loss.never-worse-than-mean",),
+    "shared_core_block": ("shared_core_block.output.values", "shared_core_block.gradient.wrappers"),
+    "compression_statistics": (
+        "compression_statistics.aggregate.totals",
+        "compression_statistics.file.every-field",
+    ),
+    "compressed_checkpoint": (
+        "compressed_checkpoint.weights.pt",
+        "compressed_checkpoint.save.bits-safetensors",
+    ),
 }
 
-CASES = {"flat_shards": (3, 24)}
-"""Cases of the gate, and random ones, of contracts whose cases train a model on real ranks.
+CASES = {
+    "flat_shards": (3, 24),
+    "expert_parallel_block": (4, 24),
+    "shared_core_fit": (4, 24),
+    "compressed_checkpoint": (3, 24),
+}
+"""Cases of the gate, and random ones, of contracts whose cases take long: real ranks, fits, files.
 
-All twelve of the gate take a minute a variant, and a hundred random ones as long.
+All twelve of the gate of flat shards take a minute a variant, and a hundred random ones as long.
 """
 
-EXACT = {"weight_loader", "flat_layout"}
-"""Contracts that compute nothing, so that nothing is compared within limits."""
+EXACT = {
+    "weight_loader",
+    "flat_layout",
+    "compression_statistics",
+    "compressed_checkpoint",
+    "shared_core_fit",
+}
+"""Contracts of which these requirements are exact, so that nothing is compared within limits."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,6 +102,13 @@ def test_there_are_variants_of_the_large_contracts():
     assert counts["causal_lm"] >= 10
     assert counts["flat_layout"] >= 8
     assert counts["flat_shards"] >= 12
+    assert counts["moe_router"] >= 10
+    assert counts["experts"] >= 10
+    assert counts["moe_block"] >= 8
+    assert counts["expert_parallel_block"] >= 5
+    assert counts["shared_core"] >= 6
+    assert counts["shared_core_block"] >= 6
+    assert counts["compression_statistics"] >= 5
 
 
 @pytest.mark.parametrize("id", VARIANTS)
