@@ -35,7 +35,10 @@ NORMALISED = st.booleans()
 PLAIN = block_cases(normalize=NORMALISED)
 SHARED = block_cases(shared="any", shared_gate=True, normalize=NORMALISED)
 EITHER = block_cases(
-    normalize=NORMALISED, shared=st.sampled_from([None, "any"]), shared_gate=st.booleans()
+    score=SCORES,
+    normalize=NORMALISED,
+    shared=st.sampled_from([None, "any"]),
+    shared_gate=st.booleans(),
 )
 """With and without a shared expert, for rules that are not about it."""
 ONE_TOKEN = {"one token", "batch = tokens"}
