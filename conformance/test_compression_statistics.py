@@ -19,19 +19,21 @@ from conformance.harness.statistics_cases import (
 )
 from conformance.harness.statistics_checks import (
     assert_again,
-    assert_contradicted,
-    assert_damage_told,
-    assert_duplicates_contradicted,
     assert_entries,
     assert_fields,
     assert_file,
     assert_file_replaced,
-    assert_no_code_is_run,
-    assert_no_contradictions,
     assert_order_is_free,
-    assert_other_file,
     assert_published,
     assert_refused,
+)
+from conformance.harness.statistics_verifier_checks import (
+    assert_contradicted,
+    assert_damage_told,
+    assert_duplicates_contradicted,
+    assert_no_code_is_run,
+    assert_no_contradictions,
+    assert_other_file,
     edited_entries,
     edited_totals,
     entries_left_out,
