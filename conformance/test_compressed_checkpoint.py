@@ -70,6 +70,7 @@ from conformance.harness.compressed_saved import (
     assert_exported_names,
     assert_exported_others,
     assert_failing_save,
+    assert_interrupted,
     assert_layer_metadata,
     assert_loads_again,
     assert_model_unchanged,
@@ -437,6 +438,13 @@ def test_saved_onto_itself(compressed_checkpoint, case):
 def test_failing_save_leaves_the_old(compressed_checkpoint, case):
     """A save that cannot be finished raises, and the old checkpoint stays as it was, alone."""
     assert_failing_save(compressed_checkpoint, case)
+
+
+@requirement("compressed_checkpoint.save.interrupted", source=MODEL)
+@given(case=ANY)
+def test_killed_save_leaves_a_whole_checkpoint(compressed_checkpoint, case):
+    """A save that is killed at any moment leaves the old checkpoint or the new one, whole."""
+    assert_interrupted(compressed_checkpoint, case)
 
 
 @requirement("compressed_checkpoint.save.nothing-beside", source=MODEL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
@@ -33,6 +35,7 @@ from conformance.harness.compressed_oracle import expected_logits
 from conformance.harness.compressed_subject import Loaded, counted, load
 from conformance.harness.core_cases import PROJECTIONS
 from conformance.harness.failures import ConformanceFailure
+from conformance.harness.flat_damage import crash, in_child, stop_before
 from conformance.harness.gpt_honesty import files_no_larger_than
 from conformance.harness.subject import Subject
 from conformance.harness.tolerance import Expectation, expect
@@ -363,6 +366,44 @@ def assert_failing_save(subject: Subject, case: CompressedCase) -> None:
         if after != before:
             changed = sorted(set(before.items()) ^ set(after.items()))[0][0]
             raise loaded.wrong("half written", f"a save that failed changed {changed}", shown)
+
+
+def assert_interrupted(subject: Subject, case: CompressedCase) -> None:
+    """A save that is killed at any moment leaves the old checkpoint or the new one, whole.
+
+    Between two renames the folder may have another name for a moment.
+    """
+    loaded = loaded_from(subject, case)
+    with place() as target:
+        loaded.save(str(target), case.format)
+        old = own(loaded)
+        loaded.change(lambda name: True)
+        new, number = own(loaded), case.which % 48
+        save = functools.partial(loaded.model.save, format=case.format)
+        session = SimpleNamespace(driver=SimpleNamespace(model=SimpleNamespace(save=save)))
+        in_child(session, target, lambda: stop_before(number, crash))
+        counted()
+        there = [target] if target.exists() else [p for p in target.parent.iterdir() if p.is_dir()]
+        if not any(is_whole(folder, loaded, (old, new)) for folder in there):
+            summary = f"a save that was killed at change {number} of files left neither checkpoint"
+            raise loaded.wrong("half written", summary, SAVED.format(case.format))
+
+
+def is_whole(folder: Path, loaded: Loaded, either: tuple[dict[str, Tensor], ...]) -> bool:
+    """Whether a folder holds all of one of these models."""
+    case = loaded.call.case
+    try:
+        assert_layout(folder, loaded, case.format)
+        found = read_weights(folder, case, case.format)
+        for name in sorted(expected_files(case, case.format)):
+            if name.endswith(("json", "yaml")):
+                read_mapping(folder / name)
+    except Exception:
+        return False
+    return any(
+        found.keys() == model.keys() and all(torch.equal(found[n], t) for n, t in model.items())
+        for model in either
+    )
 
 
 def assert_model_unchanged(subject: Subject, case: CompressedCase) -> None:
