@@ -247,6 +247,19 @@ def test_reference_offers_every_contract_with_every_option(name):
             assert parameters[option].default == default
 
 
+def test_parts_of_the_reference_do_not_override_each_other():
+    """The reference inherits from a class a contract: a step of one must not be a step of another."""
+    seen = {}
+    for base in Reference.__mro__[1:-1]:
+        for name, value in vars(base).items():
+            if name.startswith("__"):
+                continue
+            owner, other = seen.setdefault(name, (base, value))
+            assert issubclass(owner, base) or other is value, (
+                f"{name} of {owner.__name__} takes the place of that of {base.__name__}"
+            )
+
+
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_contract_documents_every_option(name):
     text = inspect.getdoc(getattr(CONTRACTS[name].protocol, name))

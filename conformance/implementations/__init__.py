@@ -101,6 +101,26 @@ BUNDLED: dict[str, Bundled] = {
             "transformers' Llama 4 experts: transposed, weights on the input",
         ),
         _bundled(
+            "transformers-qwen3-moe",
+            "transformers_moe_routers:TransformersQwen3MoE",
+            "transformers' Qwen3-MoE router, block and balancing loss",
+        ),
+        _bundled(
+            "transformers-qwen2-moe",
+            "transformers_moe_routers:TransformersQwen2MoE",
+            "transformers' Qwen2-MoE router, and block with a gated shared expert",
+        ),
+        _bundled(
+            "transformers-mixtral",
+            "transformers_moe_routers:TransformersMixtral",
+            "transformers' Mixtral router, block and balancing loss",
+        ),
+        _bundled(
+            "transformers-deepseek-v3",
+            "transformers_moe_routers:TransformersDeepseekV3",
+            "transformers' DeepSeek-V3 router with bias and groups, and its block",
+        ),
+        _bundled(
             "transformers-eager",
             "transformers_attention:TransformersEager",
             "transformers' eager attention, masks, rotary embeddings and cache",
