@@ -7,6 +7,7 @@ moving every weight and every intermediate result at random by a small share of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -122,3 +123,25 @@ def expected_logits(
         other = logits_of(case, weights, ids, moved)
         noise = noise + ((other - value) / PERTURBATION).square()
     return expect(value, [], noise.sqrt(), dtype)
+
+
+def logits_of_transformers(folder: Path, ids: Tensor) -> tuple[Tensor, dict[str, list[str]]]:
+    """What transformers makes of an ordinary checkpoint, and the names it misses or does not know."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
+        )
+        with torch.no_grad():
+            logits = model.eval()(input_ids=ids.cpu(), use_cache=False).logits
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return logits, {kind: sorted(map(str, info.get(kind) or ())) for kind in kinds}
