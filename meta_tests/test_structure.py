@@ -94,6 +94,7 @@ WHEN_NEEDED = {
     # The model around compressed experts is transformers' own, and so is the oracle of its function.
     "reference_impl/shared_core/model.py",
     "conformance/harness/compressed_oracle.py",
+    "conformance/harness/compressed_saved.py",
 }
 """Files that import transformers inside functions."""
 
