@@ -58,7 +58,7 @@ def test_one_expert_is_its_mean(shared_core_fit, case):
     assert_mean(shared_core_fit, case)
 
 
-@requirement("shared_core_fit.start.random-v", source=ZERO_SHOT)
+@requirement("shared_core_fit.start.random-v", source=ZERO_SHOT, level="extended")
 @given(case=WIDE_STARTS)
 def test_wrappers_begin_as_identity(shared_core_fit, case):
     """U begins as zero, V at random with a variance of 1 / rank, other numbers for every expert."""
