@@ -29,10 +29,7 @@ TOLERANCE = 1e-9
 
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Makes plain values alone; the one in C, where there is one, is ten times as quick."""
-
-# The pure-Python parser and writer take longer over a file than everything else that is done with it.
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-YAML_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+SAFE_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 Fields = dict[str, Any]
 
@@ -79,7 +76,7 @@ class CompressionStats:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the file; an old one stays until the new one is whole."""
-        text = yaml.dump(self.get_aggregate_stats(), Dumper=YAML_DUMPER, sort_keys=False)
+        text = yaml.dump(self.get_aggregate_stats(), Dumper=SAFE_DUMPER, sort_keys=False)
         Path(directory).mkdir(parents=True, exist_ok=True)
         write_atomically(Path(directory) / FILE_NAME, lambda file: file.write(text.encode()))
 
