@@ -42,6 +42,13 @@ class Broken:
                 return failure
         return None
 
+    def assert_caught(self, *, may_raise: bool = False) -> None:
+        """The requirement fails for it, and by what it computes: a crash is no near miss."""
+        failure = self.fails()
+        assert failure is not None, f"{self.breaks} passes although: {self.wrong}"
+        crashed = failure.kind.startswith("raised")
+        assert may_raise or not crashed, f"it crashes: {failure.summary}"
+
 
 def broken(register: dict[str, Broken], *, breaks: str) -> Callable[[type], type]:
     """Register the decorated class, whose docstring says what is wrong."""

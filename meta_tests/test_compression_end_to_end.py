@@ -66,14 +66,6 @@ torch.save({"loaded": load_compressed_model(folder).logits(ids), "exported": log
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def planted_model(model_type):
     """A small random model whose experts are shared cores between wrappers, moderately different."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -27,14 +27,6 @@ VOCABULARY = 256
 """One token a byte."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tensors(format="small", *, width=WIDTH, layers=LAYERS, head_dim=128):
     """A checkpoint without a zero in it; the scripts' own start with zero projections and head."""
     config = GPTConfig(

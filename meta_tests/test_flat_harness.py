@@ -11,14 +11,6 @@ from conformance.harness.requirement import all_requirements
 from reference_impl.flat_shards.engine import FlatShards, Sharded
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def giving(name, value):
     """The reference, but for one method that gives something else."""
     model = type("Fake", (Sharded,), {name: lambda self, *arguments, **options: value})

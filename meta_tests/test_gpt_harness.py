@@ -24,14 +24,6 @@ NUMBERS = (("which", 5), ("place", 1234), ("kind", 3))
 REQUIREMENTS = {k: r for k, r in all_requirements().items() if r.contract == "gpt_checkpoint"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def case(**fields):
     defaults = {"layers": 8, "heads": 2, "head_dim": 8, "wrapped": "", "tokens": 5}
     return GPTCase(**(defaults | {"extra": NUMBERS} | fields))

@@ -24,14 +24,6 @@ FLOAT32_SOFTMAX = {"rtol": 1e-5, "atol": 1e-6}
 """For authorities that compute their softmax in float32 whatever the inputs are."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def drawn(batch=2, heads=6, groups=2, queries=5, keys=7, width=4, values=3, seed=0, dtype=F64):
     g = torch.Generator().manual_seed(seed)
     shapes = ((batch, heads, queries, width), (batch, groups, keys, width))

@@ -24,14 +24,6 @@ WORLDS = (1, 2, 3, 4)
 MOMENTS = tuple(STATE_NAMES["adamw"].values())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_modules(seed=0, frozen=("1.0.bias",), hidden=14):
     """An embedding with a norm, a block, and a head that is the embedding."""
     modules = [

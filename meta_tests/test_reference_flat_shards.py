@@ -28,14 +28,6 @@ OPTIMIZERS = {
 MAX_NORM = 0.1
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_modules(tied=True, frozen=("1.0.bias",)):
     """An embedding with a norm, a block, and a head that may be the embedding."""
     torch.manual_seed(0)

@@ -34,14 +34,6 @@ FLOAT32_TABLES = {"rtol": 1e-5, "atol": 5e-5}
 POSITIONS = torch.tensor([[0, 1, 2, 50, 97], [3, 3, 40, 41, 9]])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def drawn(width=16, heads=3, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(2, heads, 5, width, generator=g, dtype=F64)
