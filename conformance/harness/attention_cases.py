@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
+from conformance.harness.calls import Call, shown_case
 
 # Query and key/value heads. The first, to which cases shrink, can still tell the groups apart.
 HEADS = ((4, 2), (6, 2), (6, 3), (8, 4), (5, 1), (3, 3), (1, 1))
@@ -59,12 +59,7 @@ class AttentionCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever else is not at its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for index, field in enumerate(fields(self))
-            if index < 7 or getattr(self, field.name) != field.default
-        ]
-        return f"AttentionCase({', '.join(shown)})"
+        return shown_case(self, always=7)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences of sizes under which some wrong implementations give the right answer."""

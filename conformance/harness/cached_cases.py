@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
+from conformance.harness.calls import Call, shown_case
 from conformance.harness.rotary_cases import DTYPES, THETAS, Pairs, table
 
 GROUPED_HEADS = ((4, 2), (6, 2), (6, 3))
@@ -48,12 +48,7 @@ class CachedCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever else is not at its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for index, field in enumerate(fields(self))
-            if index < 8 or getattr(self, field.name) != field.default
-        ]
-        return f"CachedCase({', '.join(shown)})"
+        return shown_case(self, always=8)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong implementations give the right answer."""

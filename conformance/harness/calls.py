@@ -7,7 +7,7 @@ torch and a seeded generator, and nothing of this package.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,16 @@ def _execute(lines: tuple[str, ...]) -> dict[str, Any]:
     namespace: dict[str, Any] = {"torch": torch}
     exec(compile("\n".join(lines), "<reproduction>", "exec"), namespace)
     return namespace
+
+
+def shown_case(case: Any, *, always: int = 4) -> str:
+    """A case (a dataclass) by its first fields, and whatever else is not at its default."""
+    parts = [
+        f"{field.name}={getattr(case, field.name)!r}"
+        for index, field in enumerate(fields(case))
+        if index < always or getattr(case, field.name) != field.default
+    ]
+    return f"{type(case).__name__}({', '.join(parts)})"
 
 
 def in_float64(values: Any) -> Any:

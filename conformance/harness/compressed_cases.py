@@ -13,7 +13,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.core_cases import PROJECTIONS, equal_sizes, shown
+from conformance.harness.calls import shown_case
+from conformance.harness.core_cases import PROJECTIONS, equal_sizes
 from conformance.harness.file_calls import FileCall
 from conformance.harness.qwen2_cases import as_strategy
 
@@ -57,7 +58,7 @@ class CompressedCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever else is not at its default."""
-        return shown(self, always=4)
+        return shown_case(self, always=4)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong implementations give the right answer."""

@@ -12,8 +12,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
-from conformance.harness.core_cases import FACTORS, PROJECTIONS, cast, equal_sizes, shown
+from conformance.harness.calls import Call, shown_case
+from conformance.harness.core_cases import FACTORS, PROJECTIONS, cast, equal_sizes
 from conformance.harness.qwen2_cases import as_strategy
 
 
@@ -40,7 +40,7 @@ class BlockCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever is not at its default."""
-        return shown(self)
+        return shown_case(self)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong implementations give the right answer."""

@@ -7,14 +7,14 @@ no two sizes are equal unless the rule is about that.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call, dtype_name
+from conformance.harness.calls import Call, dtype_name, shown_case
 from conformance.harness.qwen2_cases import as_strategy
 
 FACTORS = ("core", "u_in", "v_in", "u_out", "v_out")
@@ -26,16 +26,6 @@ def equal_sizes(**sizes: int) -> frozenset[str]:
     """The pairs of sizes that are equal, as ``a = b``."""
     pairs = combinations(sizes, 2)
     return frozenset(f"{a} = {b}" for a, b in pairs if sizes[a] == sizes[b])
-
-
-def shown(case: object, always: int = 4) -> str:
-    """A case by its first fields, and whatever is not at its default."""
-    parts = [
-        f"{field.name}={getattr(case, field.name)!r}"
-        for index, field in enumerate(fields(case))
-        if index < always or getattr(case, field.name) != field.default
-    ]
-    return f"{type(case).__name__}({', '.join(parts)})"
 
 
 def cast(dtype: torch.dtype, device: str) -> str:
@@ -63,7 +53,7 @@ class CoreCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever is not at its default."""
-        return shown(self)
+        return shown_case(self)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong implementations give the right answer."""

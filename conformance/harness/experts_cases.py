@@ -8,13 +8,13 @@ become exactly max(x, 0) there.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
+from conformance.harness.calls import Call, shown_case
 from conformance.harness.qwen2_cases import as_strategy
 
 FLOATING = ("hidden", "weights", "gate_up_proj", "down_proj")
@@ -85,12 +85,7 @@ class ExpertsCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever is not at its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for index, field in enumerate(fields(self))
-            if index < 5 or getattr(self, field.name) != field.default
-        ]
-        return f"ExpertsCase({', '.join(shown)})"
+        return shown_case(self, always=5)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong implementations give the right answer."""

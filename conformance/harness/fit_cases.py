@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
-from conformance.harness.core_cases import equal_sizes, shown
+from conformance.harness.calls import Call, shown_case
+from conformance.harness.core_cases import equal_sizes
 from conformance.harness.qwen2_cases import as_strategy
 
 EXPERTS = {
@@ -50,7 +50,7 @@ class FitCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever is not at its default."""
-        return shown(self, always=5)
+        return shown_case(self, always=5)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong implementations give the right answer."""

@@ -8,14 +8,14 @@ its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
+from conformance.harness.calls import Call, shown_case
 from conformance.harness.qwen2_cases import as_strategy
 
 WORLDS = (2, 3, 4)
@@ -59,12 +59,7 @@ class FlatCase:
 
     def __repr__(self) -> str:
         """The ranks, and whatever is not at its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for index, field in enumerate(fields(self))
-            if index < 1 or getattr(self, field.name) != field.default
-        ]
-        return f"FlatCase({', '.join(shown)})"
+        return shown_case(self, always=1)
 
     def __hash__(self) -> int:
         """Of what is shown: an optimizer is a mapping."""

@@ -7,12 +7,13 @@ initialised checkpoint has zero projections, and every wrong conversion of it co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from conformance.harness.calls import shown_case
 from conformance.harness.file_calls import FileCall
 from reference_impl.gpt.config import (
     GPTConfig,
@@ -84,12 +85,7 @@ class GPTCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever else is not at its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for index, field in enumerate(fields(self))
-            if index < 8 or getattr(self, field.name) != field.default
-        ]
-        return f"GPTCase({', '.join(shown)})"
+        return shown_case(self, always=8)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong implementations give the right answer."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
+from conformance.harness.calls import Call, shown_case
 from conformance.harness.qwen2_cases import as_strategy
 
 NAMES = (
@@ -56,12 +56,7 @@ class LayoutCase:
 
     def __repr__(self) -> str:
         """The parameters, the ranks, and whatever is not at its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for index, field in enumerate(fields(self))
-            if index < 2 or getattr(self, field.name) != field.default
-        ]
-        return f"LayoutCase({', '.join(shown)})"
+        return shown_case(self, always=2)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong implementations give the right answer."""

@@ -8,14 +8,14 @@ orthonormal, and along them hidden states are set so that the logits of a token 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
+from conformance.harness.calls import Call, shown_case
 from conformance.harness.qwen2_cases import as_strategy
 from conformance.harness.router_cases import ANY_DTYPE, GROUPED, SEEDS, bias_source, spacing
 
@@ -52,12 +52,7 @@ class BlockCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever else is not at its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for index, field in enumerate(fields(self))
-            if index < 7 or getattr(self, field.name) != field.default
-        ]
-        return f"BlockCase({', '.join(shown)})"
+        return shown_case(self, always=7)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong blocks give the right answer."""

@@ -8,13 +8,13 @@ group.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call, dtype_name
+from conformance.harness.calls import Call, dtype_name, shown_case
 from conformance.harness.qwen2_cases import as_strategy, fits
 
 KINDS = (
@@ -67,12 +67,7 @@ class LayerCase:
 
     def __repr__(self) -> str:
         """The kind, the ranks, and whatever is not at its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for index, field in enumerate(fields(self))
-            if index < 2 or getattr(self, field.name) != field.default
-        ]
-        return f"LayerCase({', '.join(shown)})"
+        return shown_case(self, always=2)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong implementations give the right answer."""

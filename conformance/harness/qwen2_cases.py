@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from conformance.harness.calls import shown_case
 from conformance.harness.file_calls import FileCall
 from reference_impl.qwen2.config import Qwen2Config
 
@@ -53,12 +54,7 @@ class QwenCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever else is not at its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for index, field in enumerate(fields(self))
-            if index < 9 or getattr(self, field.name) != field.default
-        ]
-        return f"QwenCase({', '.join(shown)})"
+        return shown_case(self, always=9)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong implementations give the right answer."""

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
+from conformance.harness.calls import Call, shown_case
 from reference_impl.rotary import LAYOUTS, Rotary, default_frequencies
 
 # The first of each, to which cases shrink, tells most bugs from the right answer.
@@ -61,12 +61,7 @@ class RotaryCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever else is not at its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for index, field in enumerate(fields(self))
-            if index < 7 or getattr(self, field.name) != field.default
-        ]
-        return f"RotaryCase({', '.join(shown)})"
+        return shown_case(self, always=7)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong implementations give the right answer."""

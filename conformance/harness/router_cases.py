@@ -8,14 +8,14 @@ which are chosen, and the chosen ones have far from all of the probability.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
+from conformance.harness.calls import Call, shown_case
 from conformance.harness.qwen2_cases import as_strategy
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,12 +51,7 @@ class RouterCase:
 
     def __repr__(self) -> str:
         """The sizes, and whatever else is not at its default."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for index, field in enumerate(fields(self))
-            if index < 4 or getattr(self, field.name) != field.default
-        ]
-        return f"RouterCase({', '.join(shown)})"
+        return shown_case(self, always=4)
 
     def confusable(self) -> frozenset[str]:
         """Coincidences under which some wrong routers give the right answer."""
