@@ -145,6 +145,22 @@ def test_a_sharded_model_runs_as_written(tmp_path, installed):
     assert rule in result.stdout
 
 
+def test_experts_run_as_written(tmp_path, installed):
+    """The experts of docs/adapters.md pass what they offer, and fail with one slot a token."""
+    experts = tmp_path / "my_experts.py"
+    experts.write_text(block_that_starts("python", "# my_experts.py", ADAPTERS))
+    command = block_that_starts("sh", "pytest --pyargs conformance --impl my_experts", ADAPTERS)
+    result = run(command, tmp_path, installed)
+    assert result.returncode == 0, result.stdout
+    assert "61 passed" in result.stdout
+
+    overwritten = experts.read_text().replace("index_add(", "index_copy(")
+    experts.write_text(overwritten)
+    result = run(f"{command.strip()}.slots", tmp_path, installed)
+    assert result.returncode == 1, result.stdout
+    assert "experts.slots.repeated (core): wrong" in result.stdout
+
+
 def test_listing_commands_run_as_written(tmp_path, installed):
     commands = block_that_starts("sh", "python -m conformance impls").strip().splitlines()
     assert len(commands) == 3
