@@ -30,7 +30,7 @@ NAMES = ("hidden", "router", "gate_up_proj", "down_proj")
 REPLICATED = NAMES[:2]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)  # shown as blocks are
 class ParallelBlockCase(BlockCase):
     """A block, and over how many ranks its experts are dealt out."""
 
