@@ -176,7 +176,7 @@ def test_command_line_does_the_whole_job(original, tmp_path, capsys):
         (["inspect", "{folder}/original"], "is missing"),
         (["inspect", "{folder}/none"], "none: is not a directory"),
         (["compress", "{folder}/original", "{tmp}/out", "--rank", "21"], "rank is 21, expected 1"),
-        (["compress", "{folder}/none", "{tmp}/out", "--rank", "2"], "config.json: is missing"),
+        (["compress", "{folder}/none", "{tmp}/out", "--rank", "2"], "config.json: does not exist"),
         (["compress", "{folder}/original", "{tmp}/file", "--rank", "2"], "file: is there already"),
     ],
 )

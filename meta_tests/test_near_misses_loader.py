@@ -23,14 +23,17 @@ from conformance.known_bugs.weight_loader import (
     unprefixed,
     zero_filled,
 )
-from reference_impl.qwen2 import sharding
-from reference_impl.qwen2.config import EMBEDDING, HEAD, read_config, read_json
-from reference_impl.qwen2.directory import (
+from reference_impl.hf_directory import (
+    EMBEDDING,
+    HEAD,
     INDEX,
     SINGLE,
     from_file,
+    read_json,
     with_base_prefix,
 )
+from reference_impl.qwen2 import sharding
+from reference_impl.qwen2.config import read_config
 from reference_impl.qwen2.sharding import Shard
 from reference_impl.stored import CheckpointError
 

@@ -13,8 +13,9 @@ from transformers import Qwen2Config as TheirConfig
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2 import modeling_qwen2
 
+from reference_impl.hf_directory import EMBEDDING, HEAD
 from reference_impl.qwen2 import generate, load_model, load_shards, sharding
-from reference_impl.qwen2.config import EMBEDDING, HEAD, read_config
+from reference_impl.qwen2.config import read_config
 from reference_impl.qwen2.loading import shard_rules
 from reference_impl.ranks import RankFailed, in_process
 from reference_impl.stored import CheckpointError

@@ -90,7 +90,7 @@ def test_reference_never_imports_the_suite(path):
 
 WHEN_NEEDED = {
     # Other formats than safetensors are transformers' to read, and only when one is met.
-    "reference_impl/qwen2/directory.py",
+    "reference_impl/hf_directory.py",
     # The model around compressed experts is transformers' own, and so is the oracle of its function.
     "reference_impl/shared_core/model.py",
     "conformance/harness/compressed_oracle.py",

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from conformance.correct_variants import correct_variant
+from reference_impl.hf_directory import EMBEDDING, HEAD, INDEX, SINGLE
 from reference_impl.qwen2 import sharding
-from reference_impl.qwen2.config import EMBEDDING, HEAD, read_config
-from reference_impl.qwen2.directory import INDEX, SINGLE
+from reference_impl.qwen2.config import read_config
 from reference_impl.qwen2.loading import load_shards, shard_rules
 
 VOCABULARY = (EMBEDDING, HEAD)

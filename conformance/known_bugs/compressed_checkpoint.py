@@ -17,11 +17,11 @@ import torch
 import yaml
 
 from conformance.known_bugs import known_bug
+from reference_impl.hf_directory import read_json
 from reference_impl.shared_core import checkpoint, projections
 from reference_impl.shared_core.architecture import architecture_of
 from reference_impl.shared_core.block import PROJECTIONS
 from reference_impl.shared_core.checkpoint import CompressedCheckpoint, LoadedCompressed
-from reference_impl.shared_core.folders import read_json
 from reference_impl.stored import CheckpointError
 
 

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from conformance.known_bugs import known_bug
-from reference_impl.qwen2 import sharding
-from reference_impl.qwen2.config import EMBEDDING, HEAD, Qwen2Config, read_config, read_json
-from reference_impl.qwen2.directory import (
+from reference_impl.hf_directory import (
+    EMBEDDING,
+    HEAD,
     INDEX,
     SINGLE,
     Weight,
     from_file,
     from_index,
     open_directory,
+    read_json,
 )
+from reference_impl.qwen2 import sharding
+from reference_impl.qwen2.config import Qwen2Config, read_config
 from reference_impl.qwen2.loading import check_tensors, read, shard_rules
 from reference_impl.qwen2.sharding import Shard
 from reference_impl.safetensors_files import DTYPES

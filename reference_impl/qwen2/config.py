@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from reference_impl.hf_directory import HEAD, read_json
 from reference_impl.qwen2.sharding import check_heads, even_range
 from reference_impl.stored import CheckpointError
 
@@ -78,10 +78,6 @@ class Qwen2Config:
         return shapes
 
 
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
-
-
 def read_config(directory: Path) -> Qwen2Config:
     """The configuration of a directory.
 
@@ -137,19 +133,6 @@ def read_config(directory: Path) -> Qwen2Config:
         raise
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(path), str(error)) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; :class:`CheckpointError` where there is none."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(str(path), "does not exist") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(path), f"is no JSON: {error}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(str(path), "holds no JSON object")
-    return dict(content)
 
 
 def scaling_of(rope: Mapping[str, Any]) -> tuple[tuple[str, Any], ...] | None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reference_impl.hf_directory import EMBEDDING, HEAD, Weight, open_directory
 from reference_impl.qwen2 import sharding
-from reference_impl.qwen2.config import EMBEDDING, HEAD, Qwen2Config, read_config
-from reference_impl.qwen2.directory import Weight, open_directory
+from reference_impl.qwen2.config import Qwen2Config, read_config
 from reference_impl.qwen2.model import Qwen2
 from reference_impl.qwen2.sharding import Shard
 from reference_impl.ranks import OneRank, Ranks, agree

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from reference_impl.attention import Attention
-from reference_impl.qwen2.config import EMBEDDING, HEAD, Qwen2Config
+from reference_impl.hf_directory import EMBEDDING, HEAD
+from reference_impl.qwen2.config import Qwen2Config
 from reference_impl.qwen2.layers import (
     ParallelMLP,
     QKVParallelLinear,

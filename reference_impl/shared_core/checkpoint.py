@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reference_impl.hf_directory import read_json
 from reference_impl.safetensors_files import open_safetensors
 from reference_impl.shared_core.architecture import Architecture, architecture_of
 from reference_impl.shared_core.block import PROJECTIONS
 from reference_impl.shared_core.export import write_export
 from reference_impl.shared_core.folders import (
     read_companions,
-    read_json,
     write_companions,
     write_json,
     written_folder,

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reference_impl.hf_directory import HEAD, read_json
 from reference_impl.shared_core.architecture import Architecture, architecture_of
 from reference_impl.shared_core.block import PROJECTIONS
 from reference_impl.shared_core.checkpoint import CONFIG, write_folder
 from reference_impl.shared_core.fit import SharedCoreFit
-from reference_impl.shared_core.folders import read_companions, read_json, written_folder
+from reference_impl.shared_core.folders import read_companions, written_folder
 from reference_impl.shared_core.originals import Original
 from reference_impl.shared_core.projections import SUFFIXES, metadata_of, write_projection
 from reference_impl.shared_core.statistics import CompressionStats
@@ -78,7 +79,7 @@ def compress_model(
     architecture = architecture_of(config, "the model's configuration")
     state = model.state_dict()
     if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+        state.pop(HEAD, None)
     original = Original.of_state(state, architecture)
     name = str(getattr(model.config, "name_or_path", ""))
     return compress(original, config, target, options, name, {}, format, progress)

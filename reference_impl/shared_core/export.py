@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reference_impl.hf_directory import INDEX
 from reference_impl.shared_core.block import PROJECTIONS
 from reference_impl.shared_core.folders import write_companions, write_json
 from reference_impl.shared_core.model import CompressedModel
-
-INDEX = "model.safetensors.index.json"
 
 
 def write_export(

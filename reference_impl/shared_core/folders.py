@@ -91,19 +91,6 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping that a JSON file holds; raises :class:`CheckpointError` that names the file."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(str(path), "is missing") from error
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise CheckpointError(str(path), f"is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(str(path), f"holds a {type(found).__name__}, expected a mapping")
-    return found
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping, indented, in its own order."""
     path.write_text(json.dumps(dict(content), indent=2) + "\n", "utf-8")

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reference_impl.hf_directory import HEAD
 from reference_impl.shared_core.architecture import Architecture
 from reference_impl.shared_core.block import PROJECTIONS, CompressedMoEBlock
 from reference_impl.shared_core.layer import SharedCoreLayer
 from reference_impl.shared_core.projections import Factors
-
-HEAD = "lm_head.weight"
 
 Layers = Mapping[int, Mapping[str, Factors]]
 """The factors by layer and projection."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reference_impl.qwen2.directory import open_directory
+from reference_impl.hf_directory import open_directory
 from reference_impl.shared_core.architecture import Architecture
 from reference_impl.shared_core.block import PROJECTIONS
 from reference_impl.stored import CheckpointError

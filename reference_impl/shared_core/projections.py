@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reference_impl.hf_directory import read_json
 from reference_impl.safetensors_files import open_safetensors
 from reference_impl.shared_core.block import PROJECTIONS
-from reference_impl.shared_core.folders import read_json, write_json
+from reference_impl.shared_core.folders import write_json
 from reference_impl.shared_core.layer import FACTORS
 from reference_impl.stored import CheckpointError
 

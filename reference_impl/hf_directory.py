@@ -5,20 +5,23 @@ Nothing is read but headers until a tensor, or a part of one, is asked for.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reference_impl.qwen2.config import EMBEDDING, HEAD, read_json
 from reference_impl.safetensors_files import SafeTensor, open_safetensors
 from reference_impl.stored import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Weight:
 
 
 def open_directory(directory: Path) -> dict[str, Weight]:
-    """Every weight under the name that ``Qwen2ForCausalLM`` has for it.
+    """Every weight under the name that the model for causal language modelling has for it.
 
     Without safetensors files the directory is loaded by ``AutoModelForCausalLM``, whose state has the
     head. Raises :class:`CheckpointError` that names the file and the key for an index that does not
@@ -156,3 +159,16 @@ def with_base_prefix(stored: Mapping[str, Weight], directory: Path) -> dict[str,
             base = EMBEDDING.removeprefix("model.")
             raise CheckpointError(weight.file, f"has a prefix that {base} lacks", key=key)
     return {key if key == HEAD else f"model.{key}": weight for key, weight in stored.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; :class:`CheckpointError` where there is none."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(str(path), "does not exist") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(path), f"is no JSON: {error}") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(str(path), "holds no JSON object")
+    return dict(content)
