@@ -192,6 +192,21 @@ def test_mistakes_are_one_line(original, tmp_path, capsys, arguments, named):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+def test_originals_are_never_replaced(original, tmp_path, capsys):
+    """Neither kind of model takes the place of the other."""
+    _, folder = original
+    source, target = str(folder / "original"), str(tmp_path / "compressed")
+    assert main(["compress", source, target, "--rank", "2", "--steps", "0"]) == 0
+    before = {path.name: path.read_bytes() for path in (folder / "original").iterdir()}
+    assert main(["compress", source, source, "--rank", "2", "--steps", "0"]) == 1
+    assert "is not a compressed model" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in (folder / "original").iterdir()}
+    assert main(["export", target, target]) == 1
+    assert "is not an ordinary checkpoint" in capsys.readouterr().err
+    assert main(["compress", source, target, "--rank", "3", "--steps", "0"]) == 0
+    assert load_compressed_model(target).parameters()["layer_0.up_proj.u_in"].shape[-1] == 3
+
+
 def test_benchmark_of_the_fit_records_its_bars(tmp_path):
     """On a small layer: time, memory, losses, and a verdict that follows from them."""
     output = tmp_path / "record.json"

@@ -25,6 +25,7 @@ from reference_impl.shared_core.architecture import Architecture, architecture_o
 from reference_impl.shared_core.block import PROJECTIONS
 from reference_impl.shared_core.export import write_export
 from reference_impl.shared_core.folders import (
+    METADATA,
     read_companions,
     write_companions,
     write_json,
@@ -47,7 +48,6 @@ from reference_impl.stored import CheckpointError
 CONFIG = "config.json"
 COMPRESSION = "compression_config.json"
 COMPRESSION_YAML = "compression_config.yaml"
-METADATA = "compressed_metadata.json"
 STATISTICS = "compression_statistics.yaml"
 OTHERS = "non_moe_weights"
 
@@ -284,7 +284,7 @@ def save_compressed_model(
         raise ValueError(f"format is {format!r}, expected one of {', '.join(SUFFIXES)}")
     layers, others = model.layers(), model.others()
     rank = next((metadata_of(f)["rank"] for each in layers.values() for f in each.values()), 0)
-    with written_folder(Path(directory)) as fresh:
+    with written_folder(Path(directory), compressed=True) as fresh:
         for layer, projections in layers.items():
             (fresh / f"layer_{layer}").mkdir()
             for projection, factors in projections.items():
@@ -305,7 +305,7 @@ def save_compressed_model(
 
 def export_to_hf_format(model: LoadedCompressed, directory: str | Path) -> None:
     """Write an ordinary Hugging Face checkpoint, a file a layer, whose experts are reconstructed."""
-    with written_folder(Path(directory)) as fresh:
+    with written_folder(Path(directory), compressed=False) as fresh:
         write_export(fresh, model, model.folder.config, model.folder.companions)
 
 

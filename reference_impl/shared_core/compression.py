@@ -103,7 +103,7 @@ def compress(
     stats, report = CompressionStats(), []
     others = {name: each.read() for name, each in original.others()}
     dtype = next(iter(others.values())).dtype
-    with written_folder(Path(target)) as fresh:
+    with written_folder(Path(target), compressed=True) as fresh:
         for layer in architecture.expert_layers:
             (fresh / f"layer_{layer}").mkdir()
             for projection in PROJECTIONS:

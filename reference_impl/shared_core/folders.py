@@ -14,6 +14,8 @@ from typing import Any
 
 from reference_impl.stored import CheckpointError
 
+METADATA = "compressed_metadata.json"
+"""What every compressed model has, and no other."""
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -27,16 +29,18 @@ COMPANIONS = (
 
 
 @contextmanager
-def written_folder(target: Path) -> Iterator[Path]:
+def written_folder(target: Path, *, compressed: bool) -> Iterator[Path]:
     """A new folder that takes the place of ``target`` when all went well; else it is removed.
 
     Old and new folder are exchanged in one step: whenever the process ends, ``target`` is the old one
     or the whole new one. Raises :class:`CheckpointError` where nothing can be written, and if
-    ``target`` is a file or holds something other than a checkpoint.
+    ``target`` is there and is neither empty nor a model of the same kind, ``compressed`` or not: a
+    compressed model never takes the place of an original.
     """
     target = Path(os.path.realpath(target))
-    if target.exists() and not looks_like_checkpoint(target):
-        raise CheckpointError(str(target), "is there already, and is not a checkpoint")
+    if target.exists() and not may_be_replaced(target, compressed):
+        kind = "a compressed model" if compressed else "an ordinary checkpoint"
+        raise CheckpointError(str(target), f"is there already, and is not {kind}")
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         fresh.mkdir(parents=True)
@@ -51,9 +55,14 @@ def written_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def looks_like_checkpoint(folder: Path) -> bool:
-    """Whether a folder is empty or holds a model: only such a one may be replaced."""
-    return folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())
+def may_be_replaced(folder: Path, compressed: bool) -> bool:
+    """Whether a folder is empty, or holds a model of this kind."""
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    holds_model = (folder / "config.json").exists()
+    return holds_model and (folder / METADATA).exists() == compressed
 
 
 def put_in_place(fresh: Path, target: Path) -> None:
