@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 from command_line import ROOT, environment
+from safetensors.torch import load_file, save_file
 
 from conformance.benchmarks import shared_core_fit as benchmark
 from reference_impl.shared_core.__main__ import main
@@ -205,6 +206,40 @@ def test_originals_are_never_replaced(original, tmp_path, capsys):
     assert "is not an ordinary checkpoint" in capsys.readouterr().err
     assert main(["compress", source, target, "--rank", "3", "--steps", "0"]) == 0
     assert load_compressed_model(target).parameters()["layer_0.up_proj.u_in"].shape[-1] == 3
+
+
+@pytest.mark.parametrize("format", ["safetensors", "pt"])
+def test_a_full_disk_is_one_line(original, tmp_path, format):
+    """Files that cannot grow, as on a full disk: an error that names the folder, and nothing left."""
+    _, folder = original
+    arguments = ["compress", folder / "original", tmp_path / "out", "--rank", "2", "--steps", "0"]
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+    run = "import sys; from reference_impl.shared_core.__main__ import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", limit + run, *map(str, arguments), "--format", format],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"error: {tmp_path / 'out'}: cannot be written" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_far_beyond_the_last_are_refused(original, tmp_path, capsys):
+    """A wrapper of the billionth expert is an error at once, and not a billion missing ones."""
+    _, folder = original
+    target = tmp_path / "compressed"
+    options = FitOptions(rank=2, num_steps=0)
+    compress_directory(folder / "original", target, options)
+    path = target / "layer_0" / "up_proj.safetensors"
+    tensors = load_file(path)
+    further = tensors["wrappers.0.U_in"].clone()
+    save_file(tensors | {"wrappers.1000000000.U_in": further}, path)
+    assert main(["inspect", str(target)]) == 1
+    assert f"{path}: wrappers.6.U_in: is missing" in capsys.readouterr().err
 
 
 def test_benchmark_of_the_fit_records_its_bars(tmp_path):

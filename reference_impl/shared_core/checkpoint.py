@@ -39,6 +39,7 @@ from reference_impl.shared_core.projections import (
     metadata_of,
     read_layer,
     refuse_unless,
+    save_pt,
     write_projection,
 )
 from reference_impl.shared_core.statistics import CompressionStats
@@ -236,7 +237,7 @@ def write_folder(
     write_json(folder / METADATA, layer_metadata(architecture))
     others = {name: each.detach().cpu().contiguous().clone() for name, each in others.items()}
     if format == "pt":
-        torch.save(others, folder / f"{OTHERS}.pt")
+        save_pt(others, folder / f"{OTHERS}.pt")
     else:
         save_file(others, folder / f"{OTHERS}.safetensors", metadata={"format": "pt"})
     write_companions(folder, companions)

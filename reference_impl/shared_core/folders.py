@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from reference_impl.stored import CheckpointError
 
 METADATA = "compressed_metadata.json"
@@ -49,8 +51,9 @@ def written_folder(target: Path, *, compressed: bool) -> Iterator[Path]:
             flush(path)
         put_in_place(fresh, target)
         flush(target.parent)
-    except OSError as error:
-        raise CheckpointError(str(target), f"cannot be written: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(str(target), f"cannot be written: {reason}") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -72,7 +75,11 @@ def put_in_place(fresh: Path, target: Path) -> None:
     elif not exchange(fresh, target):
         aside = fresh.with_suffix(".old")
         target.rename(aside)
-        fresh.rename(target)
+        try:
+            fresh.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
         aside.rename(fresh)
 
 

@@ -7,6 +7,7 @@ executed.
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -64,7 +65,7 @@ def write_projection(
             ],
             "metadata": metadata,
         }
-        torch.save(content, path)
+        save_pt(content, path)
     else:
         tensors = {"core": factors["core"]}
         for expert in range(metadata["num_experts"]):
@@ -72,6 +73,16 @@ def write_projection(
                 tensors[f"wrappers.{expert}.{stored}"] = factors[name][expert].contiguous()
         save_file(tensors, path, metadata={"format": "pt"})
     write_json(folder / f"{projection}_metadata.json", metadata)
+
+
+def save_pt(content: Any, path: Path) -> None:
+    """Write what ``torch.save`` makes of plain values and tensors; OSError if the disk is full.
+
+    By way of memory: on a full disk ``torch.save`` itself ends the process.
+    """
+    made = io.BytesIO()
+    torch.save(content, made)
+    path.write_bytes(made.getbuffer())
 
 
 # Reading
@@ -179,13 +190,15 @@ def stacked(path: Path, named: Mapping[str, Any]) -> Factors:
 
     Raises :class:`CheckpointError` for anything missing, unknown, mis-shaped or not finite.
     """
-    experts = 1 + max((int(n) for n in map(expert_number, named) if n), default=-1)
-    refuse_unless(path, experts > 0, "holds no expert", "wrappers")
-    expected = {f"wrappers.{e}.{name}" for e in range(experts) for name in STORED.values()}
-    for key in sorted((expected | {"core"}) - set(named), key=natural):
-        raise CheckpointError(str(path), "is missing", key=key)
+    numbers = {int(number) for number in map(expert_number, named) if number}
+    refuse_unless(path, bool(numbers), "holds no expert", "wrappers")
+    experts = len(numbers)  # not the largest number: a damaged file may name the billionth
+    expected = [f"wrappers.{e}.{name}" for e in range(experts) for name in STORED.values()]
+    known = {"core", *expected}
+    for key in ("core", *expected):
+        refuse_unless(path, key in named, "is missing", key)
     for key, tensor in named.items():
-        refuse_unless(path, key in expected or key == "core", "is not of a projection", key)
+        refuse_unless(path, key in known, "is not of a projection", str(key))
         check_tensor(path, key, tensor)
     refuse_unless(path, named["core"].ndim == 2, "is not a matrix", "core")
     d_out, d_in = named["core"].shape
@@ -207,11 +220,6 @@ def expert_number(key: str) -> str:
     parts = str(key).split(".")
     is_wrapper = len(parts) == 3 and parts[0] == "wrappers" and parts[1].isdecimal()
     return parts[1] if is_wrapper and parts[1] == str(int(parts[1])) else ""
-
-
-def natural(key: str) -> tuple[int, str]:
-    """To sort keys by the number of the expert."""
-    return int(expert_number(key) or -1), key
 
 
 def check_tensor(path: Path, key: str, tensor: Any) -> None:
