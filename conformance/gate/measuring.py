@@ -1,0 +1,310 @@
+"""Measuring with processes: fresh ones for every pair, driven by turns on one device.
+
+A pair is three processes: the base, the head, and a second copy of the base, which is timed as it is
+(the control) and with a delay of known size (the slowed control). A round times the four one after
+the other; over the rounds every one comes in every place, and before and after every other.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from conformance.gate.samples import Samples, Stage
+from conformance.gate.sides import GateError, Side
+from conformance.gate.workers import Refusal, WorkerLost, WorkerProcess
+
+BASE, HEAD, CONTROL, SLOWED = "base", "head", "control", "slowed"
+ORDERS = (
+    (BASE, HEAD, SLOWED, CONTROL),
+    (HEAD, CONTROL, BASE, SLOWED),
+    (CONTROL, SLOWED, HEAD, BASE),
+    (SLOWED, BASE, CONTROL, HEAD),
+)
+"""A Williams square: each in every place once, and right after every other once."""
+
+SHORTEST_ROUND = 2e-3
+"""Seconds that the launches of one side in a round last at least: clocks have steps."""
+FEWEST_LAUNCHES = 5
+"""Launches of one side in a round at least; their median counts."""
+TOO_SHORT = {"cuda": 20e-6}
+"""Seconds below which a launch is not gated: what is timed is the launching."""
+STALLED = 3.0
+"""A launch of that many times the median of its round is counted as a stall."""
+
+COMPARED = (HEAD, CONTROL, SLOWED)
+"""What is held against the base."""
+LOST = "process died or hung"
+"""A kind of refusal, beside those of :mod:`conformance.gate.worker`."""
+
+Times = dict[str, list[float]]
+"""Seconds of the launches of a round, by side."""
+Ratios = dict[str, list[float]]
+"""Logarithms of ratios to the base in each round of a pair, by side."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is timed, and how often; the same for all sides."""
+
+    benchmark: str
+    launches: int
+    seconds: float
+    """Of a launch of the base, when this was planned."""
+    delay: float
+    """Seconds by which the slowed control's launches are longer."""
+
+
+@dataclass
+class Found:
+    """What was found of one benchmark beside its samples."""
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Medians of rounds, by side."""
+    base_first: list[float] = field(default_factory=list)
+    """Logarithms of ratios of head to base in rounds in which the base came first."""
+    head_first: list[float] = field(default_factory=list)
+    stalls: dict[str, int] = field(default_factory=lambda: dict.fromkeys((BASE, HEAD), 0))
+    counters: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+    """Deterministic metrics, by side, one entry a process that was asked."""
+
+    @property
+    def order_effect(self) -> float | None:
+        """How much longer the head takes, as a logarithm, where it comes second."""
+        if not (self.base_first and self.head_first):
+            return None
+        return statistics.fmean(self.base_first) - statistics.fmean(self.head_first)
+
+
+class Unusable(Exception):
+    """A benchmark that cannot be compared: which side refused, its kind of refusal, and why."""
+
+    def __init__(self, side: str, kind: str, why: str) -> None:
+        super().__init__(f"{side}: {kind}: {why}")
+        self.side, self.kind, self.why = side, kind, why
+
+
+class ProcessPairs:
+    """The :class:`~conformance.gate.samples.Measure` of real processes."""
+
+    def __init__(
+        self,
+        base: Side,
+        head: Side,
+        *,
+        device: str,
+        threads: int | None,
+        injected: Mapping[str, float],
+        slow_head: float = 0.0,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """``injected`` is the share by which the slowed control of a benchmark is slower."""
+        self.sides = {BASE: base, HEAD: head, CONTROL: base}
+        self.device, self.threads = device, threads
+        self.injected, self.slow_head = injected, slow_head
+        self.progress = progress
+        self.plans: dict[str, Plan] = {}
+        self.found: dict[str, Found] = defaultdict(Found)
+        self.unusable: dict[str, Unusable] = {}
+        self.pairs = 0
+        """Process pairs so far: they give seeds and orders."""
+
+    def prepare(self, benchmarks: Sequence[str]) -> list[str]:
+        """Plan the benchmarks, count their deterministic metrics, and give those that can be timed.
+
+        What the others were refused for is in ``unusable``.
+        """
+        with self._trio(base_first=True) as trio:
+            for number, benchmark in enumerate(benchmarks, 1):
+                self.progress(f"preparing {number} of {len(benchmarks)}: {benchmark}")
+                with self._refusals_kept(benchmark, trio):
+                    self._prepare(benchmark, trio.workers)
+        return [benchmark for benchmark in benchmarks if benchmark in self.plans]
+
+    def _prepare(self, benchmark: str, workers: Mapping[str, WorkerProcess]) -> None:
+        with opened(workers, benchmark, seed=0):
+            for side, worker in workers.items():
+                self.found[benchmark].counters[side].append(_asked(side, worker, "counters"))
+            times = _asked(BASE, workers[BASE], "time", turn=0, launches=FEWEST_LAUNCHES, delay=0.0)
+        seconds = statistics.median(times)
+        if seconds < TOO_SHORT.get(self.device, 0.0):
+            why = f"a launch takes {seconds * 1e6:.1f} µs, and is not told from launching it"
+            raise Unusable(BASE, "too short", why)
+        self.plans[benchmark] = Plan(
+            benchmark,
+            max(FEWEST_LAUNCHES, math.ceil(SHORTEST_ROUND / seconds)),
+            seconds,
+            self.injected[benchmark] * seconds,
+        )
+
+    def __call__(
+        self, benchmarks: Sequence[str], *, pairs: int, rounds: int, stage: Stage
+    ) -> dict[str, Samples]:
+        """See :class:`~conformance.gate.samples.Measure`; benchmarks are those of ``prepare``.
+
+        One that a side refuses on the way is left out of what this gives.
+        """
+        measured: dict[str, list[Ratios]] = {benchmark: [] for benchmark in benchmarks}
+        for pair in range(pairs):
+            self.pairs += 1
+            # The side that comes first in a pair alternates, and the confirmation begins with the
+            # other one.
+            base_first = (pair % 2 == 0) == (stage == "screen")
+            with self._trio(base_first=base_first) as trio:
+                for number, benchmark in enumerate(benchmarks, 1):
+                    if benchmark in self.unusable:
+                        continue
+                    self.progress(
+                        f"{stage}: pair {pair + 1} of {pairs}, benchmark {number} of "
+                        f"{len(benchmarks)}: {benchmark}"
+                    )
+                    with self._refusals_kept(benchmark, trio):
+                        ratios = self._pair(benchmark, trio.workers, rounds, base_first)
+                        measured[benchmark].append(ratios)
+        return {
+            benchmark: Samples(**{s: np.array([r[s] for r in ratios]) for s in COMPARED})
+            for benchmark, ratios in measured.items()
+            if benchmark not in self.unusable
+        }
+
+    @contextmanager
+    def _refusals_kept(self, benchmark: str, trio: Trio) -> Iterator[None]:
+        """Note why a benchmark cannot be compared; a lost worker is made up for by fresh ones."""
+        try:
+            yield
+        except Unusable as refused:
+            self.unusable[benchmark] = refused
+            if refused.kind == LOST:
+                trio.start_again()
+
+    def _pair(
+        self,
+        benchmark: str,
+        workers: Mapping[str, WorkerProcess],
+        rounds: int,
+        base_first: bool,
+    ) -> Ratios:
+        """Time every round of a benchmark, and check the outputs at the end."""
+        ratios: Ratios = {side: [] for side in COMPARED}
+        plan = self.plans[benchmark]
+        with opened(workers, benchmark, seed=self.pairs):
+            for number in range(rounds):
+                order = ORDERS[(self.pairs + number) % len(ORDERS)]
+                order = order if base_first else order[::-1]
+                times = self._round(plan, workers, order, number)
+                self._keep(benchmark, times, order)
+                base = statistics.median(times[BASE])
+                for side, logarithms in ratios.items():
+                    logarithms.append(math.log(statistics.median(times[side]) / base))
+            for side, worker in workers.items():
+                _asked(side, worker, "check")
+        return ratios
+
+    def _round(
+        self, plan: Plan, workers: Mapping[str, WorkerProcess], order: Sequence[str], number: int
+    ) -> Times:
+        """Time each of the four once, on the same inputs."""
+        delays = {SLOWED: plan.delay, HEAD: self.slow_head * plan.seconds}
+        turn = number * plan.launches
+        return {
+            side: _asked(
+                side,
+                workers[CONTROL if side == SLOWED else side],
+                "time",
+                turn=turn,
+                launches=plan.launches,
+                delay=delays.get(side, 0.0),
+            )
+            for side in order
+        }
+
+    def _keep(self, benchmark: str, times: Times, order: Sequence[str]) -> None:
+        """Keep what is told beside the verdict."""
+        found = self.found[benchmark]
+        medians = {side: statistics.median(seconds) for side, seconds in times.items()}
+        for side, median in medians.items():
+            found.seconds[side].append(median)
+        for side in (BASE, HEAD):
+            found.stalls[side] += sum(s > STALLED * medians[side] for s in times[side])
+        first = order.index(BASE) < order.index(HEAD)
+        logarithm = math.log(medians[HEAD] / medians[BASE])
+        (found.base_first if first else found.head_first).append(logarithm)
+
+    @contextmanager
+    def _trio(self, *, base_first: bool) -> Iterator[Trio]:
+        trio = Trio(self.sides, self.device, self.threads, base_first)
+        try:
+            trio.start()
+            yield trio
+        finally:
+            trio.end()
+
+    def origins(self) -> dict[str, dict[str, Any]]:
+        """Where base and head were imported from; :class:`GateError` where not from their revision."""
+        with self._trio(base_first=True) as trio:
+            found = {}
+            for name in (BASE, HEAD):
+                side = self.sides[name]
+                under = str(side.checked_out) if side.checked_out else None
+                found[name] = trio.workers[name].ask("origin", under=under)
+                if under and found[name]["below"] is None:
+                    raise GateError(
+                        f"{side.label}: {side.implementation} imports nothing from the revision "
+                        f"(it is {found[name]['file']}): the same code would be timed twice"
+                    )
+        return found
+
+
+class Trio:
+    """Three fresh workers, by side."""
+
+    def __init__(
+        self, sides: Mapping[str, Side], device: str, threads: int | None, base_first: bool
+    ) -> None:
+        self.sides, self.device, self.threads = sides, device, threads
+        self.names = (BASE, HEAD, CONTROL) if base_first else (CONTROL, HEAD, BASE)
+        self.workers: dict[str, WorkerProcess] = {}
+
+    def start(self) -> None:
+        """Start them all, and wait until they are ready."""
+        for name in self.names:
+            self.workers[name] = WorkerProcess(self.sides[name], self.device, self.threads)
+        for worker in self.workers.values():
+            worker.wait_until_ready()
+
+    def end(self) -> None:
+        """End them."""
+        for worker in self.workers.values():
+            worker.end()
+        self.workers = {}
+
+    def start_again(self) -> None:
+        """End them, and start others."""
+        self.end()
+        self.start()
+
+
+@contextmanager
+def opened(workers: Mapping[str, WorkerProcess], benchmark: str, seed: int) -> Iterator[None]:
+    """Workers with a benchmark open; :class:`Unusable` where one refuses it."""
+    for side, worker in workers.items():
+        _asked(side, worker, "open", benchmark=benchmark, seed=seed)
+    yield
+    for side, worker in workers.items():
+        _asked(side, worker, "close")
+
+
+def _asked(side: str, worker: WorkerProcess, name: str, **arguments: Any) -> Any:
+    try:
+        return worker.ask(name, **arguments)
+    except Refusal as refusal:
+        raise Unusable(side, refusal.kind, refusal.why) from None
+    except WorkerLost as error:
+        raise Unusable(side, LOST, str(error)) from None
