@@ -1,0 +1,140 @@
+"""What of a call is the same in every run: launches, memory, operations, the kernels that ran.
+
+Such numbers are compared exactly; they catch most regressions without a clock.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from conformance.benchmarks.running import Running
+
+Counters = dict[str, int | str]
+
+BACKENDS = (
+    ("cudnn", ("cudnn",)),
+    ("flash", ("flash_fwd", "flash_bwd", "flash_attention")),
+    ("efficient", ("fmha_cutlass", "efficient_attention")),
+    ("triton", ("triton_",)),
+    ("grouped_mm", ("grouped", "groupproblem")),
+    ("math", ("attention_math",)),
+)
+"""Backends by parts of the names of their kernels or operators, in lower case."""
+
+
+def counters(running: Running) -> Counters:
+    """Exact metrics of one call, after those calls that compile and allocate for good.
+
+    ``launches``: operators that torch dispatches on the CPU, or kernels on CUDA. ``allocated_bytes``
+    in all and ``peak_bytes`` at once beyond the inputs, by torch's allocator. ``flops`` as torch's
+    ``FlopCounterMode`` counts them, on the CPU, where the call is not compiled and of operators that
+    it knows. ``backend``: which
+    of the known ones ran, or ``other``. Where something was compiled: ``graphs`` and ``graph_breaks``.
+    """
+    for turn in range(2):
+        running.launch(turn)
+    running.last = None  # what is let go of during the call would count as given back by it
+    call = lambda: running.launch(0)
+    return on_cuda(call) if running.device.startswith("cuda") else on_cpu(call)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that torch dispatches, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def on_cpu(call: Callable[[], Any]) -> Counters:
+    """See :func:`counters`."""
+    events = profiled(call)
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    memory = {"allocated_bytes": sum(s for s in sizes if s > 0), "peak_bytes": peak(sizes)}
+    names = [event.name() for event in events]
+    if any("Compiled" in name or "compiled" in name for name in names):
+        launches = [name for name in names if name != "[memory]"]
+        compiled = compilation(call)
+        return {"launches": len(launches), **memory, **compiled, "backend": backend(launches)}
+    with FlopCounterMode(display=False) as flops, Operators() as operators:
+        call()
+    made = {"launches": len(operators.names), **memory, "backend": backend(operators.names)}
+    counted = flops.get_total_flops()
+    return made | ({"flops": counted} if counted else {})
+
+
+def on_cuda(call: Callable[[], Any]) -> Counters:
+    """See :func:`counters`."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()
+    output = call()
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    del output
+    total, now = "allocated_bytes.all.allocated", "allocated_bytes.all.current"
+    memory = {
+        "allocated_bytes": after[total] - before[total],
+        "peak_bytes": after["allocated_bytes.all.peak"] - before[now],
+    }
+    events = profiled(call, cuda=True)
+    kernels = [e.name() for e in events if str(e.device_type()).endswith("CUDA")]
+    found = [name for name in kernels if not name.startswith(("Memcpy", "Memset"))]
+    made: Counters = {"launches": len(found), **memory, "backend": backend(found)}
+    if any(name.startswith("triton_") for name in found):
+        made |= compilation(call)
+    return made
+
+
+def profiled(call: Callable[[], Any], *, cuda: bool = False) -> list[Any]:
+    """Events of torch's profiler over one call; those of memory are named ``[memory]``."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, profile_memory=not cuda) as done:
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+    return done.profiler.kineto_results.events()
+
+
+def peak(sizes: list[int]) -> int:
+    """The largest sum of allocations (positive) and releases (negative) so far."""
+    highest = now = 0
+    for size in sizes:
+        now += size
+        highest = max(highest, now)
+    return highest
+
+
+def backend(names: list[str]) -> str:
+    """The known backends among kernels or operators, joined by a plus; ``other`` if there is none."""
+    lower = [name.lower() for name in names]
+    found = [
+        known for known, parts in BACKENDS if any(part in name for part in parts for name in lower)
+    ]
+    return "+".join(found) or "other"
+
+
+def compilation(call: Callable[[], Any]) -> Counters:
+    """Graphs and graph breaks of compiling the call anew."""
+    if "torch._dynamo" not in sys.modules:
+        return {}
+    from torch._dynamo.utils import counters as counted
+
+    torch._dynamo.reset()
+    counted.clear()
+    call()
+    return {
+        "graphs": counted["stats"]["unique_graphs"],
+        "graph_breaks": sum(counted["graph_break"].values()),
+    }
