@@ -53,10 +53,22 @@ def decide(
 ) -> Session:
     """Measure and judge these benchmarks, by one rule or each by its own.
 
+    ``progress`` gets a line before each step. Raises ValueError, in one line, for benchmarks without a
+    rule and for samples that are not what was asked for.
+    """
+    return session_of(judged(measure, benchmarks, rule, progress))
+
+
+def judged(
+    measure: Measure,
+    benchmarks: Sequence[str],
+    rule: Rule | Mapping[str, Rule],
+    progress: Progress = lambda line: None,
+) -> list[Judgement]:
+    """Measure and judge each benchmark by itself.
+
     Everything is screened; what is inconclusive is measured again with as many pairs as it has, up to
-    the cap; what is claimed must recur in fresh processes. ``progress`` gets a line before each step.
-    Raises ValueError, in one line, for benchmarks without a rule and for samples that are not what was
-    asked for.
+    the cap; what is claimed must recur in fresh processes.
     """
     rules = rules_of(benchmarks, rule)
     samples = _measured(measure, rules, progress, "screen", {b: rules[b].pairs for b in rules})
@@ -77,7 +89,7 @@ def decide(
     }
     fresh = _measured(measure, rules, progress, "confirm", claimed)
     confirmations = _weighed(fresh, rules)
-    return session_of([judge(b, rules[b], screens[b], confirmations.get(b)) for b in rules])
+    return [judge(b, rules[b], screens[b], confirmations.get(b)) for b in rules]
 
 
 def rules_of(benchmarks: Sequence[str], rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:

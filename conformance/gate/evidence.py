@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -57,7 +57,7 @@ class Evidence:
     def as_json(self) -> dict[str, Any]:
         """Differences as shares of the base's time, spreads as they are; null for an infinite bound."""
         bounds = {
-            name: {part: share(value) for part, value in asdict(getattr(self, name)).items()}
+            name: {part: share(value) for part, value in vars(getattr(self, name)).items()}
             for name in SERIES
         }
         return {
@@ -84,33 +84,29 @@ def weigh(samples: Samples, rule: Rule) -> list[Evidence]:
     bounds = {name: signed_rank_bounds(each, rule.alpha) for name, each in medians.items()}
     control = medians["control"]
     margins = np.maximum(math.log1p(rule.margin), STANDARD_ERRORS * standard_error(control))
-    within = round_spread(series["control"])
-    between = np.std(control, axis=-1, ddof=1)
+    within, between = round_spread(series["control"]), np.std(control, axis=-1, ddof=1)
     _, pairs, rounds = series["head"].shape
     return [
-        Evidence(
-            pairs,
-            rounds,
-            **{name: each[i] for name, each in bounds.items()},
-            margin=float(margins[i]),
-            round_sd=float(within[i]),
-            process_sd=float(between[i]),
+        Evidence(pairs, rounds, *each)
+        for each in zip(
+            *(bounds[name].each() for name in SERIES),
+            margins.tolist(),
+            within.tolist(),
+            between.tolist(),
         )
-        for i in range(len(control))
     ]
 
 
 def claim(evidence: Evidence, rule: Rule) -> Claim:
     """What the stage says: first of its controls, then of the head, and of power before an OK.
 
-    Two copies of the base are unequal if their bounds exclude 0 and the estimate is beyond the margin.
-    The head is slower, or faster, if its bound is beyond the margin. That takes no power to believe; an
-    OK does, so it needs the known slowdown found, by the same rule.
+    The head is slower, or faster, if its bound is beyond the margin, and so is the second copy of the
+    base, which then is unequal to the first. That takes no power to believe; an OK does, so it needs
+    the known slowdown found, by the same rule.
     """
     head, control, slowed = evidence.head, evidence.control, evidence.slowed
     margin, detects = evidence.margin, math.log1p(rule.detects)
-    excludes_zero = control.lower > 0 or control.upper < 0
-    if excludes_zero and abs(control.estimate) > margin:
+    if control.lower > margin or control.upper < -margin:
         return Claim.UNEQUAL
     if head.lower > margin:
         return Claim.REGRESSED

@@ -15,25 +15,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """A shift, and between which values it is: float64 [...], each bound at a level of its own.
+    """A shift, and between which values it is: floats, or float64 [...]; each bound has its own level.
 
     In units of the data: for logarithms of ratios 0.01 is 1 % slower, or nearly. A bound is infinite
     where there are too few data for any.
     """
 
-    estimate: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
+    estimate: Any
+    lower: Any
+    upper: Any
 
-    def __getitem__(self, index: int) -> Bounds:
-        """Those of one of several series."""
-        return Bounds(self.estimate[index], self.lower[index], self.upper[index])
+    def each(self) -> list[Bounds]:
+        """Those of each of several series, as Python's numbers."""
+        return [
+            Bounds(*parts)
+            for parts in zip(self.estimate.tolist(), self.lower.tolist(), self.upper.tolist())
+        ]
 
 
 def checked(name: str, values: np.ndarray, axes: int) -> np.ndarray:
@@ -68,8 +72,14 @@ def process_medians(rounds: np.ndarray) -> np.ndarray:
 
 def walsh_averages(values: np.ndarray) -> np.ndarray:
     """The averages of all pairs of values, each with itself too: [..., n] to [..., n (n + 1) / 2]."""
-    first, second = np.triu_indices(values.shape[-1])
-    return (values[..., first] + values[..., second]) / 2
+    n = values.shape[-1]
+    found = np.empty((*values.shape[:-1], n * (n + 1) // 2))
+    start = 0
+    for i in range(n):  # a slice at a time: a tenth of the time of two gathers
+        np.add(values[..., i:], values[..., i, None], out=found[..., start : start + n - i])
+        start += n - i
+    found /= 2
+    return found
 
 
 def hodges_lehmann(values: np.ndarray) -> np.ndarray:
@@ -123,7 +133,8 @@ def signed_rank_bounds(values: np.ndarray, alpha: float) -> Bounds:
     values = checked("values", values, 1)
     rank = critical_rank(values.shape[-1], alpha)
     averages = np.sort(walsh_averages(values), axis=-1)
-    estimate = np.median(averages, axis=-1)
+    middle = averages.shape[-1] - 1
+    estimate = (averages[..., middle // 2] + averages[..., -1 - middle // 2]) / 2
     if rank < 0:
         infinite = np.full_like(estimate, np.inf)
         return Bounds(estimate, -infinite, infinite)
