@@ -49,6 +49,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=_seconds,
         help="time for one requirement, and for importing the adapter",
     )
+    group.addoption(
+        "--numerics-record",
+        metavar="FILE",
+        help="store how large the errors of every requirement that passes are",
+    )
+    group.addoption(
+        "--numerics-check",
+        metavar="FILE",
+        help="fail where an error is larger than in the recorded FILE by a factor",
+    )
+    group.addoption(
+        "--numerics-factor",
+        metavar="FACTOR",
+        type=_factor,
+        help="the factor of --numerics-check (default 1.5)",
+    )
 
 
 def _seconds(text: str) -> float:
@@ -64,6 +80,19 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _factor(text: str) -> float:
+    import argparse
+    import math
+
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not (factor >= 1 and math.isfinite(factor)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a factor of 1 or more")
+    return factor
+
+
 @pytest.hookimpl(tryfirst=True)  # before Hypothesis's own plugin loads the profile by its name
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers, and answer for what the options ask at once."""
@@ -73,7 +102,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from conformance.harness import profiles
 
         profiles.register()
-    if config.getoption("conformance_report") and not hasattr(config, "workerinput"):
+    asked = ("conformance_report", "numerics_record", "numerics_check", "numerics_factor")
+    if any(map(config.getoption, asked)) and not hasattr(config, "workerinput"):
         _controller(config)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from conformance.harness.calls import Call, dtype_name
 from conformance.harness.failures import ConformanceFailure, Inconclusive
 from conformance.harness.lanes import EXACT, lane_of
+from conformance.harness.numerics import measured
 from conformance.harness.requirement import current_tally
 from conformance.harness.subject import bitwise_equal
 from conformance.harness.tolerance import Expectation, measure
@@ -71,6 +72,7 @@ def assert_close_to(
     statistics = measure(actual, expected)
     tally = current_tally()
     tally.comparisons[lane] += 1
+    tally.errors.append(measured(call, name, lane, statistics, expectation.floor))
     over = statistics.exceeds(expectation.limits)
     if not over:
         tally.closest = max(tally.closest, statistics.ratio(expectation.limits))

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conformance.harness.records import (
     DECLINED,
@@ -24,6 +24,9 @@ from conformance.harness.records import (
     RED,
 )
 from conformance.harness.verdict import WORDS, Verdict
+
+if TYPE_CHECKING:
+    from conformance.harness.numerics_run import NumericsRun
 
 SCHEMA_VERSION = 1
 
@@ -83,11 +86,16 @@ class ReportWriter:
             stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
     def finish(
-        self, header: Mapping[str, Any], records: Iterable[Mapping[str, Any]], verdict: Verdict
+        self,
+        header: Mapping[str, Any],
+        records: Iterable[Mapping[str, Any]],
+        verdict: Verdict,
+        numerics: NumericsRun | None = None,
     ):
-        """Write the footer and the summary."""
-        self.append(footer(verdict))
-        text = summary_markdown(header, list(records), verdict)
+        """Write the footer and the summary, with what the numerics ledger says."""
+        self.append(footer(verdict, numerics.summary() if numerics else None))
+        more = numerics.markdown() if numerics else []
+        text = summary_markdown(header, list(records), verdict, more)
         (self.folder / SUMMARY).write_text(text, "utf-8")
 
 
@@ -120,14 +128,15 @@ def header(
     }
 
 
-def footer(verdict: Verdict) -> dict[str, Any]:
-    """The last line of a stream."""
+def footer(verdict: Verdict, numerics: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The last line of a stream; counts of the numerics ledger where it was checked."""
     return {
         "type": "footer",
         "counts": verdict.counts,
         "verdict": verdict.verdict,
         "why": verdict.why,
         "exit_code": verdict.exit_code,
+        **({"numerics": dict(numerics)} if numerics else {}),
     }
 
 
@@ -286,9 +295,12 @@ def known_failures(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]
 
 
 def summary_markdown(
-    first: Mapping[str, Any], records: list[Mapping[str, Any]], verdict: Verdict
+    first: Mapping[str, Any],
+    records: list[Mapping[str, Any]],
+    verdict: Verdict,
+    more: Iterable[str] = (),
 ) -> str:
-    """A summary that fits a comment on a pull request."""
+    """A summary that fits a comment on a pull request; ``more`` are lines of other sections."""
     implementation = first["implementation"]
     version = f" {implementation['version']}" if implementation["version"] else ""
     lines = [
@@ -327,7 +339,7 @@ def summary_markdown(
         )
         if verdict.counts["deselected"]:
             lines.append(f"- deselected, {verdict.counts['deselected']}")
-    lines += ["", _ran_on(first), ""]
+    lines += ["", *more, _ran_on(first), ""]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hypothesis.errors import Flaky
 
@@ -24,6 +24,9 @@ from conformance.harness.failures import (
     TimedOut,
 )
 from conformance.harness.subject import Subject
+
+if TYPE_CHECKING:
+    from conformance.harness.numerics import Measured
 
 Level = Literal["core", "extended"]
 
@@ -47,6 +50,8 @@ class Tally:
     """Calls on several ranks that did not end."""
     closest: float = 0.0
     """The largest error statistic seen, as a share of its limit."""
+    errors: list[Measured] = field(default_factory=list)
+    """How far off each comparison was, for the numerics ledger."""
 
 
 _tally: ContextVar[Tally | None] = ContextVar("tally", default=None)

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import os
+import platform
 import re
 import sys
 import tempfile
@@ -23,6 +24,8 @@ import pytest
 from conformance.harness import ledger, records, report, verdict
 from conformance.harness.environment import describe_environment, describe_implementation
 from conformance.harness.failures import ConformanceFailure, NotOffered, NotRun
+from conformance.harness.numerics import NumericsError, entry_of, made_by
+from conformance.harness.numerics_run import ATTRIBUTE, NumericsRun
 from conformance.harness.resolve import CannotResolve, Resolved, from_fixture, resolve
 from conformance.harness.settings import Settings, SettingsError, read_settings, required_slugs
 
@@ -108,7 +111,7 @@ class Runner:
             suite={slug: r.level for slug, r in suite.items() if gpu or not r.gpu},
             required=required,
         )
-        return {"header": head, "items": self.items}
+        return {"header": head, "items": self.items, "numerics": made_by(head, _cpu())}
 
     def _asked_for(self) -> bool:
         options = ("--impl", "--smoke", "--conformance")
@@ -210,6 +213,8 @@ class Runner:
             *(p for p in result.user_properties if p[0] != PROPERTY),
             (PROPERTY, json.dumps(record, allow_nan=False)),
         ]
+        if asks_for_numerics(self.config) and record["outcome"] == records.PASS:
+            setattr(result, ATTRIBUTE, entry_of(found.last_tally.errors))
 
     def _settle(self, found: Requirement, entry: ledger.Entry, record: dict[str, Any]) -> None:
         failure = record["failure"]
@@ -245,6 +250,11 @@ class Controller:
                 raise pytest.UsageError(
                     f"conformance: --conformance-report: cannot write to {folder}: {why}"
                 ) from None
+        self.numerics: NumericsRun | None = None
+        if asks_for_numerics(config):
+            names = ("numerics_record", "numerics_check", "numerics_factor")
+            with numerics_errors_named():
+                self.numerics = NumericsRun(*map(config.getoption, names))
 
     def folder_for_plans(self) -> str:
         """A folder in which xdist's workers leave their plans."""
@@ -260,6 +270,9 @@ class Controller:
             if plan["exit_code"] == verdict.USAGE:
                 raise pytest.UsageError(plan["stop"])
             pytest.exit(plan["stop"], returncode=plan["exit_code"])
+        if self.numerics:
+            with numerics_errors_named():
+                self.numerics.begin(plan["numerics"], plan["header"]["planned"])
         self.plan = plan
         if self.writer:
             self.writer.append(plan["header"])
@@ -290,6 +303,8 @@ class Controller:
         if record["id"] in self.records:  # repeating a requirement does not make it pass
             return
         self.records[record["id"]] = record
+        if self.numerics:
+            self.numerics.take(record["id"], getattr(result, ATTRIBUTE, None))
         if self.writer:
             self.writer.append(record)
 
@@ -307,20 +322,38 @@ class Controller:
             smoke=head["smoke"],
         )
         self.verdict = verdict.judge(plan, self.records.values())
-        if self.writer:
-            self.writer.finish(head, self.records.values(), self.verdict)
-        return combined_exit_status(
+        ended = combined_exit_status(
             int(exitstatus), self.verdict, self.records.values(), self.other_failures
         )
+        if self.numerics:
+            ended = self.numerics.finish(ended)
+        if self.writer:
+            self.writer.finish(head, self.records.values(), self.verdict, self.numerics)
+        return ended
 
     def lines(self) -> Iterable[tuple[str, str]]:
         """What the terminal shows at the end."""
-        return report.terminal_lines(list(self.records.values()), self.verdict)
+        lines = report.terminal_lines(list(self.records.values()), self.verdict)
+        return [*lines, *(self.numerics.lines if self.numerics else ())]
 
     @property
     def title(self) -> str:
         """Heading of what the terminal shows."""
         return f"conformance: {self.plan['header']['implementation']['name']}"
+
+
+def asks_for_numerics(config: pytest.Config) -> bool:
+    """Whether the errors of comparisons are to be recorded or checked."""
+    return any(map(config.getoption, ("numerics_record", "numerics_check", "numerics_factor")))
+
+
+@contextlib.contextmanager
+def numerics_errors_named():
+    """A file of numerics that cannot be used ends the run as a mistake in its options does."""
+    try:
+        yield
+    except NumericsError as error:
+        raise pytest.UsageError(f"conformance: {error}") from None
 
 
 def plan_or_stop(runner: Runner, session: pytest.Session) -> dict[str, Any] | None:
@@ -472,6 +505,13 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _cpu() -> str:
+    """The family of the processor and its widest vector instructions that torch uses."""
+    import torch
+
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _device(gpu: bool) -> str:

@@ -9,7 +9,7 @@ making an unfair limit. docs/tolerances.md records how the factors were measured
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,20 +84,22 @@ class Expectation:
     """float64, on the CPU."""
     limits: ErrorStatistics
     ill_conditioned: bool
+    floor: ErrorStatistics
+    """The larger of the worst correct variant and the predicted noise: limits before the factors."""
 
     def widened(self, factor: float) -> Expectation:
         """The same value with limits for a computation of that many more rounding steps."""
-        limits = ErrorStatistics(*(factor * limit for limit in astuple(self.limits)))
-        return Expectation(self.value, limits, self.ill_conditioned)
+        widen = lambda each: ErrorStatistics(*(factor * one for one in astuple(each)))
+        return replace(self, limits=widen(self.limits), floor=widen(self.floor))
 
     def allowing(self, relative: float) -> Expectation:
         """The same value with limits raised by a share of its root mean square."""
         scale = float(torch.where(torch.isfinite(self.value), self.value, 0).square().mean().sqrt())
         share = (relative * scale, relative * scale, relative * scale, relative)
-        limits = ErrorStatistics(
-            *(limit + more for limit, more in zip(astuple(self.limits), share))
+        raised = lambda each: ErrorStatistics(
+            *(one + more for one, more in zip(astuple(each), share))
         )
-        return Expectation(self.value, limits, self.ill_conditioned)
+        return replace(self, limits=raised(self.limits), floor=raised(self.floor))
 
 
 def measure(actual: Tensor, expected: Tensor) -> ErrorStatistics:
@@ -122,17 +124,32 @@ def expect(
         STEP_ERROR[dtype] * torch.where(finite, noise, 0), clean, systematic=False
     )
     floors = [measure(variant, value) for variant in variants]
-    limits = ErrorStatistics(
+    ones = ErrorStatistics(1, 1, 1, 1)
+    floor = _pooled(predicted, floors, ones, ones)
+    signal = float(clean.square().mean().sqrt()) if clean.numel() else 0.0
+    return Expectation(
+        value,
+        limits=_pooled(predicted, floors, NOISE, POOLED),
+        ill_conditioned=floor.root_mean_square > ILL_CONDITIONED * signal > 0,
+        floor=floor,
+    )
+
+
+def _pooled(
+    predicted: ErrorStatistics,
+    floors: Sequence[ErrorStatistics],
+    of_noise: ErrorStatistics,
+    of_floor: ErrorStatistics,
+) -> ErrorStatistics:
+    """Statistic by statistic the largest of the predicted noise and the floors, times factors."""
+    return ErrorStatistics(
         *(
-            max(noise_factor * floor, *(pooled_factor * getattr(f, name) for f in floors), 0.0)
-            for name, floor, noise_factor, pooled_factor in zip(
-                _NAMES, astuple(predicted), astuple(NOISE), astuple(POOLED)
+            max(noise_factor * noise, *(pooled_factor * getattr(f, name) for f in floors), 0.0)
+            for name, noise, noise_factor, pooled_factor in zip(
+                _NAMES, astuple(predicted), astuple(of_noise), astuple(of_floor)
             )
         )
     )
-    signal = float(clean.square().mean().sqrt()) if clean.numel() else 0.0
-    floor = max([predicted.root_mean_square, *(f.root_mean_square for f in floors)])
-    return Expectation(value, limits, ill_conditioned=floor > ILL_CONDITIONED * signal > 0)
 
 
 def _statistics(error: Tensor, expected: Tensor, *, systematic: bool) -> ErrorStatistics:
