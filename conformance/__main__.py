@@ -1,4 +1,4 @@
-"""``python -m conformance impls | requirements | bugs | version``: what the suite knows."""
+"""``python -m conformance``: what the suite knows, and the regression gate."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from conformance.gate import command as gate
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print one of the lists; the exit status is 0, or 4 for a user's mistake."""
+    """Print one of the lists, or run the gate; the exit status is 4 for a user's mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m conformance",
-        description="What the conformance suite knows. The suite itself runs under pytest: "
-        "pytest --pyargs conformance --impl NAME",
+        description="What the conformance suite knows, and whether code got slower. The suite "
+        "itself runs under pytest: pytest --pyargs conformance --impl NAME",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--json", action="store_true", help="as JSON")
+    about = "tell whether the head is slower than the base"
+    gate.add_options(commands.add_parser("gate", help=about, description=gate.__doc__))
     options = parser.parse_args(arguments)
+    if options.command == "gate":
+        return gate.run(options)
     from conformance.harness.data import DataMissing
 
     try:

@@ -41,8 +41,8 @@ STALLED = 3.0
 
 COMPARED = (HEAD, CONTROL, SLOWED)
 """What is held against the base."""
-LOST = "process died or hung"
-"""A kind of refusal, beside those of :mod:`conformance.gate.worker`."""
+LOST, TOO_SHORT_KIND = "process died or hung", "too short"
+"""Kinds of refusals, beside those of :mod:`conformance.gate.worker`."""
 
 Times = dict[str, list[float]]
 """Seconds of the launches of a round, by side."""
@@ -72,8 +72,8 @@ class Found:
     """Logarithms of ratios of head to base in rounds in which the base came first."""
     head_first: list[float] = field(default_factory=list)
     stalls: dict[str, int] = field(default_factory=lambda: dict.fromkeys((BASE, HEAD), 0))
-    counters: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
-    """Deterministic metrics, by side, one entry a process that was asked."""
+    counters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Deterministic metrics, by side."""
 
     @property
     def order_effect(self) -> float | None:
@@ -130,13 +130,12 @@ class ProcessPairs:
 
     def _prepare(self, benchmark: str, workers: Mapping[str, WorkerProcess]) -> None:
         with opened(workers, benchmark, seed=0):
-            for side, worker in workers.items():
-                self.found[benchmark].counters[side].append(_asked(side, worker, "counters"))
-            times = _asked(BASE, workers[BASE], "time", turn=0, launches=FEWEST_LAUNCHES, delay=0.0)
+            self.found[benchmark].counters = asked_all(workers, "counters")
+            times = asked(BASE, workers[BASE], "time", turn=0, launches=FEWEST_LAUNCHES, delay=0.0)
         seconds = statistics.median(times)
         if seconds < TOO_SHORT.get(self.device, 0.0):
             why = f"a launch takes {seconds * 1e6:.1f} µs, and is not told from launching it"
-            raise Unusable(BASE, "too short", why)
+            raise Unusable(BASE, TOO_SHORT_KIND, why)
         self.plans[benchmark] = Plan(
             benchmark,
             max(FEWEST_LAUNCHES, math.ceil(SHORTEST_ROUND / seconds)),
@@ -203,8 +202,7 @@ class ProcessPairs:
                 base = statistics.median(times[BASE])
                 for side, logarithms in ratios.items():
                     logarithms.append(math.log(statistics.median(times[side]) / base))
-            for side, worker in workers.items():
-                _asked(side, worker, "check")
+            asked_all(workers, "check")
         return ratios
 
     def _round(
@@ -214,7 +212,7 @@ class ProcessPairs:
         delays = {SLOWED: plan.delay, HEAD: self.slow_head * plan.seconds}
         turn = number * plan.launches
         return {
-            side: _asked(
+            side: asked(
                 side,
                 workers[CONTROL if side == SLOWED else side],
                 "time",
@@ -294,16 +292,43 @@ class Trio:
 @contextmanager
 def opened(workers: Mapping[str, WorkerProcess], benchmark: str, seed: int) -> Iterator[None]:
     """Workers with a benchmark open; :class:`Unusable` where one refuses it."""
-    for side, worker in workers.items():
-        _asked(side, worker, "open", benchmark=benchmark, seed=seed)
+    asked_all(workers, "open", benchmark=benchmark, seed=seed)
     yield
+    asked_all(workers, "close")
+
+
+def asked_all(workers: Mapping[str, WorkerProcess], name: str, **arguments: Any) -> dict[str, Any]:
+    """The answers of all workers, which work at once: nothing is timed meanwhile.
+
+    Raises :class:`Unusable` of the first that refuses, when all have answered.
+    """
     for side, worker in workers.items():
-        _asked(side, worker, "close")
+        with _refusals_of(side):
+            worker.request(name, **arguments)
+    answers: dict[str, Any] = {}
+    refused: list[Unusable] = []
+    for side, worker in workers.items():
+        try:
+            with _refusals_of(side):
+                answers[side] = worker.answer()
+        except Unusable as error:
+            refused.append(error)
+    if refused:
+        # A lost worker first: fresh ones must take its place.
+        raise min(refused, key=lambda error: error.kind != LOST)
+    return answers
 
 
-def _asked(side: str, worker: WorkerProcess, name: str, **arguments: Any) -> Any:
-    try:
+def asked(side: str, worker: WorkerProcess, name: str, **arguments: Any) -> Any:
+    """The answer of one worker; :class:`Unusable` where it refuses."""
+    with _refusals_of(side):
         return worker.ask(name, **arguments)
+
+
+@contextmanager
+def _refusals_of(side: str) -> Iterator[None]:
+    try:
+        yield
     except Refusal as refusal:
         raise Unusable(side, refusal.kind, refusal.why) from None
     except WorkerLost as error:

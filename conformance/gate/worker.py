@@ -7,7 +7,6 @@ an answer comes when the device is idle again, so a side never runs while anothe
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -52,31 +51,28 @@ class Worker:
     def open(self, benchmark: str, seed: int) -> None:
         """Prepare a benchmark: inputs, a check of outputs, warm-up. The one before is closed."""
         from conformance.benchmarks.running import Running
-        from conformance.benchmarks.workload import workloads
+        from conformance.benchmarks.workload import NotOffered, method_of, workloads
 
         self.close()
         [workload] = workloads(self.device, only=[benchmark])
-        method = getattr(self.resolved.adapter, workload.contract, None)
-        if not callable(method):
-            raise Refused(NOT_OFFERED, f"{self.resolved.name} has no {workload.contract}")
+        try:
+            method = method_of(self.resolved.adapter, workload)
+        except NotOffered as error:
+            raise Refused(NOT_OFFERED, line_of(error)) from None
         self.running = Running(workload, method, self.device, seed=seed)
         self.running.check()
         self.clock.seconds([self._launch(turn) for turn in range(WARM_UP)])
 
     def close(self) -> None:
         """Let go of the benchmark's memory."""
+        if self.running is not None:
+            self.running.close()
         self.running = None
-        gc.collect()
 
     def time(self, turn: int, launches: int, delay: float) -> list[float]:
         """Seconds of each launch, on the inputs from ``turn`` on, each with a delay in seconds."""
-        gc.disable()
-        try:
-            return self.clock.seconds(
-                [self._launch(turn + number) for number in range(launches)], delay=delay
-            )
-        finally:
-            gc.enable()
+        asked = [self._launch(turn + number) for number in range(launches)]
+        return self.clock.seconds(asked, delay=delay)
 
     def check(self) -> None:
         """Check outputs again, after timing."""

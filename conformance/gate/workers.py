@@ -70,7 +70,15 @@ class WorkerProcess:
 
     def ask(self, name: str, **arguments: Any) -> Any:
         """The answer to a request; :class:`Refusal` or :class:`WorkerLost`."""
+        self.request(name, **arguments)
+        return self.answer()
+
+    def request(self, name: str, **arguments: Any) -> None:
+        """Ask without waiting, so that others can be asked meanwhile."""
         self._send({"do": name, **arguments})
+
+    def answer(self) -> Any:
+        """The answer to the oldest request that has none yet."""
         return self._receive()
 
     def end(self) -> None:
