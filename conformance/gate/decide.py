@@ -121,7 +121,8 @@ def _measured(
             rules[b].rounds if stage == "screen" else rules[b].confirm_rounds,
         ),
     ):
-        progress(f"{stage}: {count} process pairs of {len(names)} benchmarks, {rounds} rounds each")
+        what = f"{len(names)} benchmark" + "s" * (len(names) > 1)
+        progress(f"{stage}: {count} process pairs of {what}, {rounds} rounds each")
         given = measure(names, pairs=count, rounds=rounds, stage=stage)
         for benchmark in names:
             if benchmark not in given:
@@ -192,7 +193,7 @@ def _void(judgement: Judgement, why: str) -> Judgement:
     """The same in a session that is void."""
     if judgement.verdict is Verdict.VOID:
         return judgement
-    reason = f"the session is void, {why}; alone it were {judgement.verdict}: {judgement.reason}"
+    reason = f"the session is void, {why}; by itself {judgement.verdict}: {judgement.reason}"
     return replace(judgement, verdict=Verdict.VOID, reason=reason)
 
 

@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 
+MOST_VALUES = 256
+"""The exact distribution is made for so many values at most: a second, and 30 MB."""
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -112,8 +115,10 @@ def critical_rank(n: int, alpha: float) -> int:
 
     At alpha = 1 % there is none below n = 7, where the smallest probability is 2^-n.
     """
-    if n < 1 or not 0 < alpha < 0.5:
-        raise ValueError(f"expected n >= 1 and 0 < alpha < 0.5, found n = {n}, alpha = {alpha}")
+    if not 1 <= n <= MOST_VALUES or not 0 < alpha < 0.5:
+        raise ValueError(
+            f"expected 1 to {MOST_VALUES} values and 0 < alpha < 0.5, found {n} and {alpha}"
+        )
     return int(np.searchsorted(null_distribution(n), alpha, side="right")) - 1
 
 
