@@ -369,7 +369,6 @@ def test_benchmarks_that_cannot_be_judged_are_refused(names, rule, message):
         (lambda s: replace(s, head=s.head[:, 0]), r"prefill: expected head .* found \[8\]"),
         (lambda s: replace(s, head=s.head * np.nan), r"prefill: head: expected finite"),
         (lambda s: replace(s, slowed=s.slowed + np.inf), r"prefill: slowed: expected finite"),
-        (lambda s: None, "prefill: no samples were measured"),
     ],
 )
 def test_samples_that_were_not_asked_for_are_refused_by_name(damage, message):
@@ -395,3 +394,24 @@ def test_a_confirmation_belongs_to_a_claim():
 def test_a_session_of_judgements_keeps_their_order():
     found = judged(Scripted(), ["z", "a", "m"], Rule())
     assert list(session_of(found).judgements) == ["z", "a", "m"]
+
+
+@pytest.mark.parametrize(
+    ("screen", "measurements"),
+    [({}, 1), ({"head": 0.04, "width": 0.1}, 2), (SLOW, 2)],
+    ids=["at once", "where more pairs were asked for", "where a claim was to be confirmed"],
+)
+def test_a_benchmark_that_cannot_be_measured_any_more_is_left_out(screen, measurements):
+    calls = []
+
+    def measure(benchmarks, **asked):
+        calls.append(benchmarks)
+        found = Scripted(screen={"prefill": screen})(benchmarks, **asked)
+        if len(calls) == measurements:
+            assert found.pop("prefill")
+        return found
+
+    found = decide(measure, ["prefill", "decode"], Rule())
+    assert list(found.judgements) == ["decode"]
+    assert found.verdict == Verdict.OK
+    assert len(calls) == measurements

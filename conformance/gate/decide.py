@@ -68,10 +68,12 @@ def judged(
     """Measure and judge each benchmark by itself.
 
     Everything is screened; what is inconclusive is measured again with as many pairs as it has, up to
-    the cap; what is claimed must recur in fresh processes.
+    the cap; what is claimed must recur in fresh processes. A benchmark that ``measure`` leaves out, at
+    any time, is not judged: it could not be measured, and who measures knows why.
     """
     rules = rules_of(benchmarks, rule)
     samples = _measured(measure, rules, progress, "screen", {b: rules[b].pairs for b in rules})
+    rules = {b: r for b, r in rules.items() if b in samples}
     screens = _weighed(samples, rules)
     while more := {
         b: min(2 * screens[b].pairs, rules[b].pairs_cap) - screens[b].pairs
@@ -79,15 +81,17 @@ def judged(
         if claim(screens[b], rules[b]) is Claim.OPEN and screens[b].pairs < rules[b].pairs_cap
     }:
         new = _measured(measure, rules, progress, "screen", more)
+        rules = {b: r for b, r in rules.items() if b in new or b not in more}
         for benchmark, each in new.items():
             samples[benchmark] = samples[benchmark].and_more(each)
-        screens |= _weighed({b: samples[b] for b in more}, rules)
+        screens |= _weighed({b: samples[b] for b in new}, rules)
     claimed = {
         b: rules[b].pairs_to_confirm(screens[b].pairs)
         for b in rules
         if claim(screens[b], rules[b]).needs_confirmation
     }
     fresh = _measured(measure, rules, progress, "confirm", claimed)
+    rules = {b: r for b, r in rules.items() if b in fresh or b not in claimed}
     confirmations = _weighed(fresh, rules)
     return [judge(b, rules[b], screens[b], confirmations.get(b)) for b in rules]
 
@@ -126,7 +130,7 @@ def _measured(
         given = measure(names, pairs=count, rounds=rounds, stage=stage)
         for benchmark in names:
             if benchmark not in given:
-                raise ValueError(f"{benchmark}: no samples were measured")
+                continue
             for name in SERIES:
                 shape = np.shape(getattr(given[benchmark], name))
                 if shape != (count, rounds):

@@ -39,4 +39,7 @@ class Measure(Protocol):
     def __call__(
         self, benchmarks: Sequence[str], *, pairs: int, rounds: int, stage: Stage
     ) -> dict[str, Samples]:
-        """Measure these benchmarks in so many new process pairs, each with so many rounds."""
+        """Measure these benchmarks in so many new process pairs, each with so many rounds.
+
+        One that cannot be measured (any more) is left out of what is given.
+        """
