@@ -144,9 +144,8 @@ def clock_for(device: str) -> Clock:
 
 @contextmanager
 def no_garbage_collection():
-    """Collect garbage now and not within."""
+    """Python collects no garbage within."""
     was = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

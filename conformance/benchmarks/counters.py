@@ -5,8 +5,10 @@ Such numbers are compared exactly; they catch most regressions without a clock.
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,6 +31,13 @@ BACKENDS = (
 """Backends by parts of the names of their kernels or operators, in lower case."""
 
 
+COMPILED = ("Torch-Compiled Region", "CompiledFunction")
+"""How the profiler's names of compiled code begin."""
+
+TRITON_KERNELS = ("CompiledKernel", "StaticallyLaunchedCudaKernel")
+"""Types of loaded kernels, Triton's own and inductor's."""
+
+
 def counters(running: Running) -> Counters:
     """Exact metrics of one call, after those calls that compile and allocate for good.
 
@@ -36,7 +45,9 @@ def counters(running: Running) -> Counters:
     in all and ``peak_bytes`` at once beyond the inputs, by torch's allocator. ``flops`` as torch's
     ``FlopCounterMode`` counts them, on the CPU, where the call is not compiled and of operators that
     it knows. ``backend``: which
-    of the known ones ran, or ``other``. Where something was compiled: ``graphs`` and ``graph_breaks``.
+    of the known ones ran, or ``other``. Where something was compiled: ``graphs`` and ``graph_breaks``;
+    where Triton kernels ran, ``triton_registers``, ``triton_spills`` and ``triton_shared_bytes``, the
+    most of any.
     """
     for turn in range(2):
         running.launch(turn)
@@ -63,7 +74,7 @@ def on_cpu(call: Callable[[], Any]) -> Counters:
     sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
     memory = {"allocated_bytes": sum(s for s in sizes if s > 0), "peak_bytes": peak(sizes)}
     names = [event.name() for event in events]
-    if any("Compiled" in name or "compiled" in name for name in names):
+    if any(name.startswith(COMPILED) for name in names):
         launches = [name for name in names if name != "[memory]"]
         compiled = compilation(call)
         return {"launches": len(launches), **memory, **compiled, "backend": backend(launches)}
@@ -92,7 +103,8 @@ def on_cuda(call: Callable[[], Any]) -> Counters:
     kernels = [e.name() for e in events if str(e.device_type()).endswith("CUDA")]
     found = [name for name in kernels if not name.startswith(("Memcpy", "Memset"))]
     made: Counters = {"launches": len(found), **memory, "backend": backend(found)}
-    if any(name.startswith("triton_") for name in found):
+    made |= triton_resources(gc.get_objects(), set(found))
+    if any(event.name().startswith(COMPILED) for event in events):
         made |= compilation(call)
     return made
 
@@ -100,7 +112,10 @@ def on_cuda(call: Callable[[], Any]) -> Counters:
 def profiled(call: Callable[[], Any], *, cuda: bool = False) -> list[Any]:
     """Events of torch's profiler over one call; those of memory are named ``[memory]``."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, profile_memory=not cuda) as done:
+    with (
+        warnings.catch_warnings(action="ignore"),  # that a second profile clears the first
+        profile(activities=activities, profile_memory=not cuda) as done,
+    ):
         call()
         if cuda:
             torch.cuda.synchronize()
@@ -137,4 +152,24 @@ def compilation(call: Callable[[], Any]) -> Counters:
     return {
         "graphs": counted["stats"]["unique_graphs"],
         "graph_breaks": sum(counted["graph_break"].values()),
+    }
+
+
+def triton_resources(objects: Iterable[Any], names: set[str]) -> Counters:
+    """Registers, spills and shared memory of those loaded Triton kernels that have these names.
+
+    The kernels are looked for among ``objects``, all that Python holds: no public call lists them.
+    """
+    found = [
+        kernel
+        for kernel in objects
+        if type(kernel).__name__ in TRITON_KERNELS and getattr(kernel, "name", None) in names
+    ]
+    if not found:
+        return {}
+    shared = (getattr(k, "shared", None) or getattr(k.metadata, "shared", 0) for k in found)
+    return {
+        "triton_registers": max(int(kernel.n_regs or 0) for kernel in found),
+        "triton_spills": max(int(kernel.n_spills or 0) for kernel in found),
+        "triton_shared_bytes": max(map(int, shared)),
     }

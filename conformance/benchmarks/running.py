@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,13 @@ class Running:
         self.workload.check(output, inputs)
 
     def close(self) -> None:
-        """Let go of inputs and outputs."""
+        """Let go of inputs, outputs, and what was compiled.
+
+        torch compiles a function for a few shapes only, and runs it uncompiled from then on.
+        """
         self.ring, self.calls, self.last = [], [], None
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
