@@ -391,6 +391,20 @@ def test_a_confirmation_belongs_to_a_claim():
         judge("decode", Rule(), slow.screen)
 
 
+def test_a_session_of_nothing_is_void():
+    session = session_of([])
+    assert (session.verdict, session.reason) == ("VOID", "no benchmark could be measured.")
+
+
+def test_a_session_on_a_noisy_machine_says_what_to_gate_at():
+    assert decide(Scripted(), NAMES, Rule()).advice is None
+    noisy = decide(Scripted({"decode": {"width": 0.12}}), NAMES, Rule())
+    assert noisy.advice.startswith("in decode two copies of the base spread by up to 7.7 %")
+    assert noisy.advice.endswith("gate them at 10 %.")
+    hopeless = decide(Scripted({"decode": {"width": 2.0}}), NAMES, Rule())
+    assert hopeless.advice.endswith("no gate holds on this machine.")
+
+
 def test_a_session_of_judgements_keeps_their_order():
     found = judged(Scripted(), ["z", "a", "m"], Rule())
     assert list(session_of(found).judgements) == ["z", "a", "m"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ class Session:
     """So many of them are REGRESSED on average, at most, if none is slower."""
     pairs: int
     """Process pairs measured, over all benchmarks and both stages."""
+    advice: str | None
+    """One sentence where two copies of the base spread too much for what is to be detected."""
 
     def as_json(self) -> dict[str, Any]:
         """The same in dicts and lists that ``json`` writes."""
@@ -41,6 +44,7 @@ class Session:
             "comparisons": self.comparisons,
             "expected_false_flags": self.expected_false_flags,
             "pairs": self.pairs,
+            "advice": self.advice,
             "judgements": [judgement.as_json() for judgement in self.judgements.values()],
         }
 
@@ -190,6 +194,22 @@ def session_of(judgements: Sequence[Judgement]) -> Session:
         len(judgements),
         expected_false_flags([each.rule for each in judgements]),
         sum(each.pairs for each in judgements),
+        _advice(judgements),
+    )
+
+
+def _advice(judgements: Sequence[Judgement]) -> str | None:
+    """What to gate at where the machine is noisier than the rule can bear."""
+    noisy = [j for j in judgements if j.recommended is None or j.recommended > j.rule.detects]
+    if not noisy:
+        return None
+    least = max((j.recommended for j in noisy), key=lambda share: share or math.inf)
+    gate = f"gate them at {100 * least:g} %" if least else "no gate holds on this machine"
+    spread = max(j.evidence.process_sd for j in noisy)
+    return (
+        f"in {_named([j.benchmark for j in noisy])} two copies of the base spread by up to "
+        f"{100 * spread:.1f} % from process to process, too much to find what is to be detected nine "
+        f"times in ten: {gate}."
     )
 
 
@@ -208,8 +228,10 @@ def _overall(judgements: Sequence[Judgement]) -> tuple[Verdict, str]:
     """
     by_verdict = {v: [j.benchmark for j in judgements if j.verdict is v] for v in Verdict}
     counts = ", ".join(f"{len(names)} {v}" for v, names in by_verdict.items() if names)
+    if not judgements:
+        return Verdict.VOID, "no benchmark could be measured."
     if len(by_verdict[Verdict.VOID]) == len(judgements):
-        return Verdict.VOID, "no benchmark could be measured: none shows its known slowdown."
+        return Verdict.VOID, "no benchmark shows its known slowdown, so none would show another."
     for verdict, blamed in (
         (Verdict.REGRESSED, (Verdict.REGRESSED,)),
         (Verdict.INCONCLUSIVE, (Verdict.INCONCLUSIVE, Verdict.VOID)),
