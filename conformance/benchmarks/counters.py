@@ -80,7 +80,7 @@ def on_cpu(call: Callable[[], Any]) -> Counters:
         return {"launches": len(launches), **memory, **compiled, "backend": backend(launches)}
     with FlopCounterMode(display=False) as flops, Operators() as operators:
         call()
-    made = {"launches": len(operators.names), **memory, "backend": backend(operators.names)}
+    made = {"launches": len(operators.names), **memory, "backend": backend(names)}
     counted = flops.get_total_flops()
     return made | ({"flops": counted} if counted else {})
 
