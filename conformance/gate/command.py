@@ -126,12 +126,11 @@ def compare(
             slow_head=options.slow_head,
             progress=progress,
         )
-        origins = pairs.origins()
         timed = pairs.prepare(names)
         session = None
         if timed and not options.metrics_only:
             session = decide(pairs, timed, {name: rules[name] for name in timed})
-    return result_of(options, settings, device, names, pairs, session, origins)
+    return result_of(options, settings, device, names, pairs, session)
 
 
 def result_of(
@@ -141,7 +140,6 @@ def result_of(
     names: Sequence[str],
     pairs: ProcessPairs,
     session: Any,
-    origins: dict[str, Any],
 ) -> GateResult:
     """Every benchmark's row, and what holds for all."""
     from conformance.gate.rows import not_offered, row_of
@@ -162,15 +160,15 @@ def result_of(
     if options.slow_head:
         notes.append(f"the head was delayed by {100 * options.slow_head:g} % on purpose")
     return GateResult(
-        base=described(options.base, origins["base"]),
-        head=described(options.head, origins["head"]),
+        base=described(options.base, pairs.origins["base"]),
+        head=described(options.head, pairs.origins["head"]),
         device=device,
         rows=tuple(rows),
         void=session.reason if session is not None and session.verdict == "VOID" else None,
         strict=options.strict,
         notes=tuple(notes),
         details={
-            "origins": origins,
+            "origins": pairs.origins,
             "not_offered": skipped,
             "session": session.as_json() if session is not None else None,
         },

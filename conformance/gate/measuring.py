@@ -44,6 +44,7 @@ COMPARED = (HEAD, CONTROL, SLOWED)
 LOST, TOO_SHORT_KIND = "process died or hung", "too short"
 """Kinds of refusals, beside those of :mod:`conformance.gate.worker`."""
 
+StartWorker = Callable[[Side, str, int | None], WorkerProcess]
 Times = dict[str, list[float]]
 """Seconds of the launches of a round, by side."""
 Ratios = dict[str, list[float]]
@@ -104,24 +105,31 @@ class ProcessPairs:
         injected: Mapping[str, float],
         slow_head: float = 0.0,
         progress: Callable[[str], None] = lambda line: None,
+        start: StartWorker = WorkerProcess,
     ) -> None:
-        """``injected`` is the share by which the slowed control of a benchmark is slower."""
+        """``injected`` is the share by which the slowed control of a benchmark is slower.
+
+        ``start`` starts a worker of a side on a device with so many threads.
+        """
         self.sides = {BASE: base, HEAD: head, CONTROL: base}
         self.device, self.threads = device, threads
         self.injected, self.slow_head = injected, slow_head
-        self.progress = progress
+        self.progress, self.start = progress, start
         self.plans: dict[str, Plan] = {}
         self.found: dict[str, Found] = defaultdict(Found)
         self.unusable: dict[str, Unusable] = {}
+        self.origins: dict[str, dict[str, Any]] = {}
         self.pairs = 0
         """Process pairs so far: they give seeds and orders."""
 
     def prepare(self, benchmarks: Sequence[str]) -> list[str]:
         """Plan the benchmarks, count their deterministic metrics, and give those that can be timed.
 
-        What the others were refused for is in ``unusable``.
+        What the others were refused for is in ``unusable``, and where the sides were imported from in
+        ``origins``. Raises :class:`GateError` where that is not their revision.
         """
         with self._trio(base_first=True) as trio:
+            self._check_origins(trio.workers)
             for number, benchmark in enumerate(benchmarks, 1):
                 self.progress(f"preparing {number} of {len(benchmarks)}: {benchmark}")
                 with self._refusals_kept(benchmark, trio):
@@ -237,43 +245,39 @@ class ProcessPairs:
 
     @contextmanager
     def _trio(self, *, base_first: bool) -> Iterator[Trio]:
-        trio = Trio(self.sides, self.device, self.threads, base_first)
+        begin = lambda name: self.start(self.sides[name], self.device, self.threads)
+        trio = Trio(begin, base_first)
         try:
             trio.start()
             yield trio
         finally:
             trio.end()
 
-    def origins(self) -> dict[str, dict[str, Any]]:
-        """Where base and head were imported from; :class:`GateError` where not from their revision."""
-        with self._trio(base_first=True) as trio:
-            found = {}
-            for name in (BASE, HEAD):
-                side = self.sides[name]
-                under = str(side.checked_out) if side.checked_out else None
-                found[name] = trio.workers[name].ask("origin", under=under)
-                if under and found[name]["below"] is None:
-                    raise GateError(
-                        f"{side.label}: {side.implementation} imports nothing from the revision "
-                        f"(it is {found[name]['file']}): the same code would be timed twice"
-                    )
-        return found
+    def _check_origins(self, workers: Mapping[str, WorkerProcess]) -> None:
+        """Note where base and head were imported from; GateError where not from their revision."""
+        for name in (BASE, HEAD):
+            side = self.sides[name]
+            under = str(side.checked_out) if side.checked_out else None
+            origin = self.origins[name] = workers[name].ask("origin", under=under)
+            if under and origin["below"] is None:
+                raise GateError(
+                    f"{side.label}: {side.implementation} imports nothing from the revision "
+                    f"(it is {origin['file']}): the same code would be timed twice"
+                )
 
 
 class Trio:
     """Three fresh workers, by side."""
 
-    def __init__(
-        self, sides: Mapping[str, Side], device: str, threads: int | None, base_first: bool
-    ) -> None:
-        self.sides, self.device, self.threads = sides, device, threads
+    def __init__(self, begin: Callable[[str], WorkerProcess], base_first: bool) -> None:
+        self.begin = begin
         self.names = (BASE, HEAD, CONTROL) if base_first else (CONTROL, HEAD, BASE)
         self.workers: dict[str, WorkerProcess] = {}
 
     def start(self) -> None:
         """Start them all, and wait until they are ready."""
         for name in self.names:
-            self.workers[name] = WorkerProcess(self.sides[name], self.device, self.threads)
+            self.workers[name] = self.begin(name)
         for worker in self.workers.values():
             worker.wait_until_ready()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from conformance.gate import evidence
 from conformance.gate.metrics import Change
 from conformance.gate.result import GateResult, Interval, Row
 
@@ -17,9 +18,7 @@ HEADINGS = ("benchmark", "verdict", "change", "99 % bounds", "A/A", "pairs", "ba
 
 def percent(logarithm: float | None) -> str:
     """``+3.2 %`` for the logarithm of a ratio."""
-    import math
-
-    return "-" if logarithm is None else f"{100 * math.expm1(logarithm):+.1f} %"
+    return "-" if logarithm is None else evidence.percent(logarithm)
 
 
 def bounds(interval: Interval | None) -> str:
@@ -63,7 +62,8 @@ def table_lines(result: GateResult) -> Iterable[str]:
         if row.verdict != "OK":
             yield f"{row.verdict} {row.benchmark}: {row.reason}"
         for change in row.changes:
-            yield f"{change.direction} {row.benchmark}: {change}"
+            if str(change) not in row.reason:
+                yield f"    {shown(change)}"
     yield from result.notes
     yield f"gate  {result.verdict}: {result.why}"
 
