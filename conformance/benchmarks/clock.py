@@ -108,6 +108,11 @@ class CudaClock:
         """An event that takes the time."""
         return self.cuda.Event(enable_timing=True)
 
+    def prepare(self, hide: float = HIDE) -> None:
+        """Empty the L2 cache of what it holds, and keep the device busy for ``hide`` seconds."""
+        self.flushed.neg_()
+        self.spin(hide)
+
     def spin(self, seconds: float) -> None:
         """Keep the device busy for so long, after what is enqueued."""
         cycles = math.ceil(seconds * self.cycles_a_second)
@@ -123,8 +128,7 @@ class CudaClock:
         self.cuda.synchronize()
         with no_garbage_collection():
             for launch, (begin, end) in zip(launches, pairs):
-                self.flushed.neg_()
-                self.spin(hide)
+                self.prepare(hide)
                 begin.record()
                 at = time.perf_counter()
                 launch()
@@ -135,6 +139,38 @@ class CudaClock:
                 hide = min(LONGEST_HIDE, max(hide, 1.5 * took))
         self.cuda.synchronize()
         return [begin.elapsed_time(end) / 1000 for begin, end in pairs]
+
+
+class EventTimer:
+    """A timer for pytest-benchmark: the difference of two of its marks is a time of the GPU.
+
+    ``cuda`` is ``torch.cuda``, by default when the first mark is made.
+    """
+
+    def __init__(self, cuda: ModuleType | None = None) -> None:
+        self.cuda = cuda
+
+    def __call__(self) -> Mark:
+        """A mark in the current stream, now."""
+        if self.cuda is None:
+            import torch
+
+            self.cuda = torch.cuda
+        event = self.cuda.Event(enable_timing=True)
+        event.record()
+        return Mark(self.cuda, event)
+
+
+class Mark:
+    """A point in a stream; ``end - start`` waits for the device and gives seconds."""
+
+    def __init__(self, cuda: ModuleType, event: object) -> None:
+        self.cuda, self.event = cuda, event
+
+    def __sub__(self, start: Mark) -> float:
+        """Seconds from ``start`` to this mark."""
+        self.cuda.synchronize()
+        return start.event.elapsed_time(self.event) / 1000
 
 
 def clock_for(device: str) -> Clock:
