@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from conformance.gate.decide import decide
 from conformance.gate.measuring import BASE, CONTROL, HEAD, LOST, ORDERS, SLOWED, ProcessPairs
-from conformance.gate.rows import not_offered, row_of
+from conformance.gate.rows import drift, not_offered, row_of
 from conformance.gate.rule import Rule
 from conformance.gate.sides import GateError, Side
 from conformance.gate.worker import DECLINED, NOT_OFFERED, RAISED, WRONG
@@ -24,13 +25,19 @@ COUNTERS = {"launches": 3, "peak_bytes": 100}
 class Machine:
     """Makes workers that compute nothing, take scripted times, and keep what they were asked."""
 
-    def __init__(self, slower=None, refuse=None, counters=None, origin="elsewhere"):
+    def __init__(
+        self, slower=None, refuse=None, counters=None, origin="elsewhere", clocks=None, copies=()
+    ):
         self.slower = slower or {}
         """Share by which an implementation is slower than SECONDS."""
         self.refuse = refuse or {}
         """(implementation, request, benchmark) to an exception, or to a count-down and one."""
         self.counters = counters or {}
         self.origin = origin
+        self.clocks = clocks or {}
+        """The clock of the multiprocessors in MHz while an implementation is timed."""
+        self.copies = list(copies)
+        """What a copy of the device does, each time it is asked for."""
         self.log = []
         self.started = 0
 
@@ -83,7 +90,14 @@ class Worker:
 
     def time(self, turn, launches, delay):
         slower = self.machine.slower.get(self.side.implementation, 0.0)
-        return [SECONDS * (1 + slower) + delay] * launches
+        seconds = [SECONDS * (1 + slower) + delay] * launches
+        return {"seconds": seconds, "sm_clock": self.machine.clocks.get(self.side.implementation)}
+
+    def anchors(self):
+        return {"copy": self.machine.copies.pop(0) if self.machine.copies else 1e9}
+
+    def fingerprint(self):
+        return {"id": "fake"}
 
     def counters(self):
         return COUNTERS | self.machine.counters.get(self.side.implementation, {})
@@ -103,7 +117,7 @@ def pairs_of(machine, *, device="cpu", checked_out=None, **options):
 def test_every_side_comes_in_every_place_and_after_every_other():
     for place in range(4):
         assert {order[place] for order in ORDERS} == {BASE, HEAD, CONTROL, SLOWED}
-    after = Counter(pair for order in ORDERS for pair in zip(order, order[1:]))
+    after = Counter(pair for order in ORDERS for pair in pairwise(order))
     assert len(after) == 12
     assert set(after.values()) == {1}
 
@@ -241,6 +255,37 @@ def test_a_worse_deterministic_metric_regresses_whatever_the_times_are():
     accepted = row_of("decode", pairs, session, ["launches"])
     assert accepted.verdict == "IMPROVED"
     assert [str(change) for change in accepted.changes] == ["launches: 4, the base has 3"]
+
+
+@pytest.mark.parametrize(
+    ("clocks", "verdict"),
+    [
+        ({}, "REGRESSED"),
+        ({"old": 1980, "new": 1980}, "REGRESSED"),
+        ({"old": 1980}, "REGRESSED"),  # read on one side alone: nothing to be said
+        ({"old": 1980, "new": 1800}, "INCONCLUSIVE"),
+    ],
+)
+def test_a_slower_clock_is_not_taken_for_slower_code(clocks, verdict):
+    machine = Machine(slower={"new": 0.1}, clocks=clocks)
+    pairs = pairs_of(machine)
+    names = pairs.prepare(NAMES)
+    session = decide(pairs, names, Rule())
+    assert session.judgements["decode"].verdict == "REGRESSED"
+    row = row_of("decode", pairs, session, [])
+    assert row.verdict == verdict
+    assert row.reason.startswith("slower in time but not in cycles") == (verdict != "REGRESSED")
+
+
+def test_the_machine_is_watched_at_the_beginning_and_after_each_stage():
+    pairs = pairs_of(Machine(copies=[1e9, 1.04e9, 1.06e9]))
+    names = pairs.prepare(NAMES)
+    pairs(names, pairs=2, rounds=1, stage="screen")
+    assert drift(pairs.anchors) == []
+    pairs(names, pairs=2, rounds=1, stage="confirm")
+    assert drift(pairs.anchors) == [
+        "the machine's own copy moved by 6 % during the run, between 1e+09 and 1.06e+09 a second"
+    ]
 
 
 # Revisions

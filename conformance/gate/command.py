@@ -142,7 +142,7 @@ def result_of(
     session: Any,
 ) -> GateResult:
     """Every benchmark's row, and what holds for all."""
-    from conformance.gate.rows import not_offered, row_of
+    from conformance.gate.rows import drift, not_offered, row_of
 
     accepted = [*options.accept, *settings.accept]
     skipped = not_offered(names, pairs)
@@ -157,6 +157,7 @@ def result_of(
             f"{session.comparisons} comparisons, {session.expected_false_flags:.2g} false flags "
             f"expected at most; {session.pairs} process pairs of benchmarks"
         )
+    notes += drift(pairs.anchors)
     if options.slow_head:
         notes.append(f"the head was delayed by {100 * options.slow_head:g} % on purpose")
     return GateResult(
@@ -169,6 +170,7 @@ def result_of(
         notes=tuple(notes),
         details={
             "origins": pairs.origins,
+            "machine": {**pairs.machine, "anchors": pairs.anchors},
             "not_offered": skipped,
             "session": session.as_json() if session is not None else None,
         },

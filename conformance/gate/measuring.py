@@ -75,6 +75,8 @@ class Found:
     stalls: dict[str, int] = field(default_factory=lambda: dict.fromkeys((BASE, HEAD), 0))
     counters: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Deterministic metrics, by side."""
+    cycles: list[list[float]] = field(default_factory=list)
+    """Logarithms of ratios of cycles to those of the base, by pair and round, where they are read."""
 
     @property
     def order_effect(self) -> float | None:
@@ -119,6 +121,9 @@ class ProcessPairs:
         self.found: dict[str, Found] = defaultdict(Found)
         self.unusable: dict[str, Unusable] = {}
         self.origins: dict[str, dict[str, Any]] = {}
+        self.machine: dict[str, Any] = {}
+        self.anchors: list[dict[str, float]] = []
+        """What the machine itself did at the beginning, and at the end of each stage."""
         self.pairs = 0
         """Process pairs so far: they give seeds and orders."""
 
@@ -130,6 +135,8 @@ class ProcessPairs:
         """
         with self._trio(base_first=True) as trio:
             self._check_origins(trio.workers)
+            self.machine = trio.workers[BASE].ask("fingerprint")
+            self.anchors.append(trio.workers[BASE].ask("anchors"))
             for number, benchmark in enumerate(benchmarks, 1):
                 self.progress(f"preparing {number} of {len(benchmarks)}: {benchmark}")
                 with self._refusals_kept(benchmark, trio):
@@ -139,8 +146,9 @@ class ProcessPairs:
     def _prepare(self, benchmark: str, workers: Mapping[str, WorkerProcess]) -> None:
         with opened(workers, benchmark, seed=0):
             self.found[benchmark].counters = asked_all(workers, "counters")
-            times = asked(BASE, workers[BASE], "time", turn=0, launches=FEWEST_LAUNCHES, delay=0.0)
-        seconds = statistics.median(times)
+            base = workers[BASE]
+            timed = asked(BASE, base, "time", turn=0, launches=FEWEST_LAUNCHES, delay=0.0)
+        seconds = statistics.median(timed["seconds"])
         if seconds < TOO_SHORT.get(self.device, 0.0):
             why = f"a launch takes {seconds * 1e6:.1f} µs, and is not told from launching it"
             raise Unusable(BASE, TOO_SHORT_KIND, why)
@@ -175,6 +183,8 @@ class ProcessPairs:
                     with self._refusals_kept(benchmark, trio):
                         ratios = self._pair(benchmark, trio.workers, rounds, base_first)
                         measured[benchmark].append(ratios)
+                if pair == pairs - 1:
+                    self.anchors.append(trio.workers[BASE].ask("anchors"))
         return {
             benchmark: Samples(**{s: np.array([r[s] for r in ratios]) for s in COMPARED})
             for benchmark, ratios in measured.items()
@@ -201,21 +211,28 @@ class ProcessPairs:
         """Time every round of a benchmark, and check the outputs at the end."""
         ratios: Ratios = {side: [] for side in COMPARED}
         plan = self.plans[benchmark]
+        cycles: list[float] = []
         with opened(workers, benchmark, seed=self.pairs):
             for number in range(rounds):
                 order = ORDERS[(self.pairs + number) % len(ORDERS)]
                 order = order if base_first else order[::-1]
-                times = self._round(plan, workers, order, number)
+                timed = self._round(plan, workers, order, number)
+                times = {side: each["seconds"] for side, each in timed.items()}
                 self._keep(benchmark, times, order)
                 base = statistics.median(times[BASE])
                 for side, logarithms in ratios.items():
                     logarithms.append(math.log(statistics.median(times[side]) / base))
+                clocks = [timed[side]["sm_clock"] for side in (HEAD, BASE)]
+                if all(clocks):
+                    cycles.append(ratios[HEAD][-1] + math.log(clocks[0] / clocks[1]))
             asked_all(workers, "check")
+        if len(cycles) == rounds:
+            self.found[benchmark].cycles.append(cycles)
         return ratios
 
     def _round(
         self, plan: Plan, workers: Mapping[str, WorkerProcess], order: Sequence[str], number: int
-    ) -> Times:
+    ) -> dict[str, dict[str, Any]]:
         """Time each of the four once, on the same inputs."""
         delays = {SLOWED: plan.delay, HEAD: self.slow_head * plan.seconds}
         turn = number * plan.launches

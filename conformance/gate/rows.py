@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from conformance.gate.decide import Session
+from conformance.gate.evidence import interval
 from conformance.gate.judgement import Judgement
 from conformance.gate.measuring import BASE, CONTROL, HEAD, TOO_SHORT_KIND, ProcessPairs, Unusable
 from conformance.gate.metrics import changes, failing, unsteady
 from conformance.gate.result import Interval, Row
-from conformance.gate.statistics import Bounds
+from conformance.gate.statistics import Bounds, signed_rank_bounds
 from conformance.gate.worker import DECLINED, NOT_OFFERED
+
+DRIFT = 0.05
+"""By how much the machine's own speed may move before it is reported."""
 
 
 def not_offered(names: Sequence[str], pairs: ProcessPairs) -> dict[str, str]:
@@ -34,16 +40,12 @@ def row_of(name: str, pairs: ProcessPairs, session: Session | None, accepted: Se
     found = changes(counted[BASE], counted[HEAD], counted[CONTROL])
     worse = failing(found, accepted)
     judgement = session.judgements.get(name) if session is not None else None
-    verdict, reason = (
-        ("OK", "no deterministic metric is worse")
-        if judgement is None
-        else (
-            judgement.verdict.value,
-            judgement.reason,
-        )
-    )
+    if judgement is None:
+        verdict, reason, by_time = "OK", "no deterministic metric is worse", ""
+    else:
+        verdict, reason = _by_time(judgement, pairs.found[name].cycles)
+        by_time = f"; by time {verdict}: {reason}"
     if worse:
-        by_time = "" if judgement is None else f"; by time {verdict}: {reason}"
         verdict, reason = "REGRESSED", f"{'; '.join(map(str, worse))}{by_time}"
     return Row(
         name,
@@ -57,6 +59,36 @@ def row_of(name: str, pairs: ProcessPairs, session: Session | None, accepted: Se
         details=_details(name, pairs, judgement)
         | {"counters": counted, "unsteady": unsteady(counted[BASE], counted[CONTROL])},
     )
+
+
+def _by_time(judgement: Judgement, cycles: Sequence[Sequence[float]]) -> tuple[str, str]:
+    """Verdict and reason of the judgement, unless the clock of the GPU explains it.
+
+    A change of clock makes code slower that takes as many cycles as before. So where clocks were read
+    (``cycles`` are logarithms of ratios by pair and round), a slowdown must show in cycles too.
+    """
+    verdict, reason = judgement.verdict.value, judgement.reason
+    if verdict == "REGRESSED" and len(cycles) == judgement.pairs:
+        medians = np.array([statistics.median(rounds) for rounds in cycles])
+        found = signed_rank_bounds(medians, judgement.rule.alpha)
+        if not found.lower > judgement.evidence.margin:
+            shown = interval(found)
+            return "INCONCLUSIVE", f"slower in time but not in cycles, {shown}: {reason}"
+    return verdict, reason
+
+
+def drift(anchors: Sequence[Mapping[str, float]]) -> list[str]:
+    """What the machine's own speed did during a run, a line for each anchor that moved too much."""
+    lines = []
+    for name in anchors[0] if anchors else ():
+        values = [each[name] for each in anchors]
+        moved = max(values) / min(values) - 1
+        if moved > DRIFT:
+            lines.append(
+                f"the machine's own {name} moved by {100 * moved:.0f} % during the run, "
+                f"between {min(values):.3g} and {max(values):.3g} a second"
+            )
+    return lines
 
 
 def _refused_row(name: str, refused: Unusable) -> Row:

@@ -40,11 +40,13 @@ class Worker:
         import torch
 
         from conformance.benchmarks.clock import clock_for
+        from conformance.gate.sm_clock import sm_clock_reader
         from conformance.harness.resolve import resolve
 
         if threads:
             torch.set_num_threads(threads)
         self.device, self.clock = device, clock_for(device)
+        self.sm_clock = sm_clock_reader(device)
         self.resolved = resolve(implementation)
         self.running: Any = None
 
@@ -69,10 +71,14 @@ class Worker:
             self.running.close()
         self.running = None
 
-    def time(self, turn: int, launches: int, delay: float) -> list[float]:
-        """Seconds of each launch, on the inputs from ``turn`` on, each with a delay in seconds."""
+    def time(self, turn: int, launches: int, delay: float) -> dict[str, Any]:
+        """``seconds`` of each launch, on the inputs from ``turn`` on, each with a delay in seconds.
+
+        ``sm_clock`` is that of the GPU just after, in MHz, or None.
+        """
         asked = [self._launch(turn + number) for number in range(launches)]
-        return self.clock.seconds(asked, delay=delay)
+        seconds = self.clock.seconds(asked, delay=delay)
+        return {"seconds": seconds, "sm_clock": self.sm_clock()}
 
     def check(self) -> None:
         """Check outputs again, after timing."""
@@ -83,6 +89,20 @@ class Worker:
         from conformance.benchmarks.counters import counters
 
         return counters(self.running)
+
+    def anchors(self) -> dict[str, float]:
+        """What the machine itself does now: operations and bytes in a second."""
+        from conformance.benchmarks.ceilings import measure_ceilings
+
+        dtype = "bfloat16" if self.device.startswith("cuda") else "float32"
+        found = measure_ceilings(self.device, self.clock, [dtype])
+        return {"product": found.product[dtype], "copy": found.copy}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Which machine this is."""
+        from conformance.benchmarks.fingerprint import fingerprint
+
+        return fingerprint(self.device)
 
     def origin(self, under: str | None) -> dict[str, Any]:
         """Where the adapter is from, and one module that was imported from below a folder."""
@@ -98,7 +118,7 @@ class Worker:
         return lambda: self.running.launch(turn)
 
 
-REQUESTS = ("open", "close", "time", "check", "counters", "origin")
+REQUESTS = ("open", "close", "time", "check", "counters", "anchors", "fingerprint", "origin")
 
 
 def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
