@@ -21,6 +21,9 @@ RHO = 0.98
 SLOW_CLOCK = 0.033
 """One clock state below the usual, as H100s show it."""
 
+HEAD_STALL = np.log(1.5)
+"""What a stall of the head alone adds."""
+
 BASE, HEAD, CONTROL, SLOWED = range(4)
 
 ORDERS = np.array(
@@ -145,6 +148,6 @@ class Machine:
         times[..., HEAD] += self.seen * np.log1p(self.effect)
         if self.noise.head_stalls:
             stalled = g.random(shape) < self.noise.head_stalls
-            times[..., HEAD] += np.log(1.5) * stalled
+            times[..., HEAD] += HEAD_STALL * stalled
         ratios = times - times[..., BASE : BASE + 1]
         return Samples(ratios[..., HEAD], ratios[..., CONTROL], ratios[..., SLOWED])

@@ -22,10 +22,13 @@ class Judgement:
     """All of the screen's process pairs."""
     confirmation: Evidence | None
     """Fresh process pairs, if the screen claimed what must recur."""
-    recommended: float | None
-    """The smallest slowdown that the spread of two copies of the base lets the rule detect, if any."""
     unequal: bool = False
     """Two copies of the base differed twice: nothing that was measured beside it can be trusted."""
+
+    @property
+    def recommended(self) -> float | None:
+        """The smallest slowdown that the spread of two copies of the base lets be found, if any."""
+        return recommended_gate(self.evidence.process_sd, self.rule)
 
     @property
     def pairs(self) -> int:
@@ -67,12 +70,11 @@ def judge(
     second = claim(confirmation, rule) if confirmation else None
     unequal = first is second is Claim.UNEQUAL and _same_side(screen, confirmation)
     verdict = Verdict.VOID if unequal else _verdict(first, second)
-    recommended = recommended_gate((confirmation or screen).process_sd, rule)
     if confirmation:
         reason = _confirmed(verdict, first, rule, screen, confirmation)
     else:
-        reason = _screened(verdict, rule, screen, recommended)
-    return Judgement(benchmark, verdict, reason, rule, screen, confirmation, recommended, unequal)
+        reason = _screened(verdict, rule, screen)
+    return Judgement(benchmark, verdict, reason, rule, screen, confirmation, unequal)
 
 
 def _same_side(screen: Evidence, confirmation: Evidence) -> bool:
@@ -93,7 +95,7 @@ def _series(claimed: Claim, evidence: Evidence) -> str:
     return interval(getattr(evidence, name))
 
 
-def _screened(verdict: Verdict, rule: Rule, screen: Evidence, recommended: float | None) -> str:
+def _screened(verdict: Verdict, rule: Rule, screen: Evidence) -> str:
     """Why, where the screen alone decides."""
     if verdict is Verdict.OK:
         return f"{interval(screen.head)}: a slowdown of {100 * rule.detects:g} % is excluded."
@@ -107,11 +109,12 @@ def _screened(verdict: Verdict, rule: Rule, screen: Evidence, recommended: float
             f"{interval(screen.head)} neither exceeds the margin of {percent(screen.margin)} "
             f"nor excludes a slowdown of {100 * rule.detects:g} %"
         )
-    return f"after {screen.pairs} process pairs {what}{_advice(rule, screen, recommended)}."
+    return f"after {screen.pairs} process pairs {what}{_advice(rule, screen)}."
 
 
-def _advice(rule: Rule, evidence: Evidence, recommended: float | None) -> str:
+def _advice(rule: Rule, evidence: Evidence) -> str:
     """What to gate at instead, if the machine is too noisy for the rule."""
+    recommended = recommended_gate(evidence.process_sd, rule)
     if recommended is not None and recommended <= rule.detects:
         return ""
     spread = f"two copies of the base spread by {100 * evidence.process_sd:.1f} %"

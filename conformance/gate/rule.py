@@ -20,6 +20,8 @@ The bounds take differences to be symmetric. If the head alone stalls now and th
 STANDARD_ERRORS = 2
 """The margin is so many standard errors of the A/A estimate, where that is more than the floor."""
 
+NORMAL = NormalDist()
+
 GATES = (0.03, 0.05, 0.10, 0.20, 0.50)
 """Slowdowns that a benchmark may promise to detect, smallest first."""
 
@@ -115,8 +117,7 @@ def recommended_gate(process_sd: float, rule: Rule) -> float | None:
     """
     error = math.sqrt(math.pi / 3 / rule.pairs_cap) * process_sd
     margin = max(math.log1p(rule.margin), STANDARD_ERRORS * error)
-    normal = NormalDist()
-    least = margin + (normal.inv_cdf(1 - rule.alpha) + normal.inv_cdf(0.9)) * error
+    least = margin + (NORMAL.inv_cdf(1 - rule.alpha) + NORMAL.inv_cdf(0.9)) * error
     return next((gate for gate in GATES if math.log1p(gate) >= least), None)
 
 
