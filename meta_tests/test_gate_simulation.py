@@ -170,15 +170,18 @@ def test_pairs_needed_are_those_of_the_earlier_simulation(setting):
             assert all(p < wanted + error for n, p in power.items() if n < 0.7 * pairs)
 
 
-@pytest.mark.parametrize("sd", [0.02, 0.03])
-def test_closed_form_gives_the_pairs(sd):
+@pytest.mark.parametrize(
+    # From a dozen pairs on: below, the steps of the test's level weigh.
+    ("sd", "effect", "margin"),
+    [(0.02, 0.03, 0.01), (0.03, 0.03, 0.01), (0.03, 0.03, 0.0), (0.03, 0.05, 0.01)],
+)
+def test_closed_form_gives_the_pairs(sd, effect, margin):
     """1.05 times what the normal distribution gives for a mean, of pairs with their outliers."""
     sd_of_all = sd * math.sqrt(1 + 0.03 * (5**2 - 1))
-    for effect, margin in ((0.03, 0.01), (0.03, 0.0), (0.05, 0.01)):
-        n = 1.05 * ((2.326 + 1.282) * sd_of_all / (effect - margin)) ** 2
-        power = power_by_pairs()[sd, effect, margin]
-        found = next(size for size, share in power.items() if share >= 0.9)
-        assert found == pytest.approx(n, rel=0.2)
+    n = 1.05 * ((2.326 + 1.282) * sd_of_all / (effect - margin)) ** 2
+    power = power_by_pairs()[sd, effect, margin]
+    found = next(size for size, share in power.items() if share >= 0.9)
+    assert found == pytest.approx(n, rel=0.2)
 
 
 # What a process adds
