@@ -93,6 +93,29 @@ def _factor(text: str) -> float:
     return factor
 
 
+@pytest.hookimpl(wrapper=True)  # before xdist reads how many workers there are
+def pytest_cmdline_main(config: pytest.Config):
+    """With ``-m gpu`` run the suite in a process that can be replaced."""
+    if _on_gpu(config):
+        from conformance.harness import gpu_isolation
+
+        gpu_isolation.arrange(config)
+    return (yield)
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """How requirements on a GPU are kept apart."""
+    if not _on_gpu(config):
+        return None
+    from conformance.harness import gpu_isolation
+
+    return gpu_isolation.header(config)
+
+
+def _on_gpu(config: pytest.Config) -> bool:
+    return "gpu" in (config.getoption("markexpr", "") or "")
+
+
 @pytest.hookimpl(tryfirst=True)  # before Hypothesis's own plugin loads the profile by its name
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers, and answer for what the options ask at once."""
@@ -122,6 +145,11 @@ def _controller(config: pytest.Config) -> Controller:
         config.stash[CONTROLLER] = Controller(config)
         config.pluginmanager.register(config.stash[CONTROLLER], "conformance.controller")
     return config.stash[CONTROLLER]
+
+
+def _controller_of(report: pytest.TestReport) -> Controller | None:
+    """The controller of the run that a report of xdist is of."""
+    return report.node.config.stash.get(CONTROLLER, None)
 
 
 def _requirement(item: object):
@@ -186,13 +214,15 @@ compressed_checkpoint = _contract_fixture("compressed_checkpoint")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """With ``-m gpu`` every requirement runs on the CPU and on a GPU."""
+    """With ``-m gpu`` requirements are there for the CPU and for a GPU, where they have a part."""
     requirement = _requirement(metafunc)
     if requirement is None or "conformance_device" not in metafunc.fixturenames:
         return
     from conformance.harness.session import names_gpu
 
     cuda = pytest.param("cuda", marks=pytest.mark.gpu)
+    if not requirement.on_device:
+        return
     if requirement.gpu:
         devices = [cuda]
     elif names_gpu(metafunc.config.getoption("markexpr", "")):
@@ -255,6 +285,32 @@ def pytest_xdist_node_collection_finished(node) -> None:
 
 
 # Running
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A requirement on a GPU does not run where the GPU is lost."""
+    runner = item.config.stash.get(RUNNER, None)
+    if runner is not None:
+        runner.stop_if_lost(item)
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures are put away, which may be on the GPU
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A worker that lost the GPU has told so, and ends here, where xdist blames nothing else."""
+    runner = item.config.stash.get(RUNNER, None)
+    if runner is not None and runner.lost and hasattr(item.config, "workerinput"):
+        from conformance.harness import gpu_isolation
+
+        gpu_isolation.end_worker()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, report: pytest.TestReport) -> None:
+    """Note that a requirement cost a worker, and do not count it twice."""
+    controller = _controller_of(report)
+    if controller is not None:
+        controller.worker_died(crashitem, report)
 
 
 @pytest.hookimpl(wrapper=True)

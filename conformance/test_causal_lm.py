@@ -95,35 +95,35 @@ def test_one_rank_computes_qwen2(causal_lm, case):
     assert_function(causal_lm, case)
 
 
-@requirement("causal_lm.function.two-ranks", source=MEGATRON, smoke=True)
+@requirement("causal_lm.function.two-ranks", source=MEGATRON, smoke=True, several_ranks=True)
 @given(case=cases(ranks=(2,)))
 def test_two_ranks_compute_qwen2(causal_lm, case):
     """On two ranks the logits are those of the whole model."""
     assert_function(causal_lm, case)
 
 
-@requirement("causal_lm.function.three-ranks", source=MEGATRON)
+@requirement("causal_lm.function.three-ranks", source=MEGATRON, several_ranks=True)
 @given(case=cases(ranks=(3,)))
 def test_three_ranks_compute_qwen2(causal_lm, case):
     """On three ranks, which do not divide the vocabulary, the logits are those of the whole model."""
     assert_function(causal_lm, case)
 
 
-@requirement("causal_lm.function.four-ranks", source=MEGATRON)
+@requirement("causal_lm.function.four-ranks", source=MEGATRON, several_ranks=True)
 @given(case=cases(ranks=(4,), heads=((8, 4, 6), (4, 2, 16), (8, 2, 12))))
 def test_four_ranks_compute_qwen2(causal_lm, case):
     """On four ranks the logits are those of the whole model."""
     assert_function(causal_lm, case)
 
 
-@requirement("causal_lm.function.replicated-heads", source=REPLICAS)
+@requirement("causal_lm.function.replicated-heads", source=REPLICAS, several_ranks=True)
 @given(case=cases(ranks=(4,), heads=((8, 2, 12), (4, 2, 16))))
 def test_key_value_heads_are_replicated(causal_lm, case):
     """With more ranks than key/value heads, consecutive ranks share the head that they read."""
     assert_function(causal_lm, case)
 
 
-@requirement("causal_lm.function.same-on-every-rank", source=MEGATRON)
+@requirement("causal_lm.function.same-on-every-rank", source=MEGATRON, several_ranks=True)
 @given(case=cases(ranks=SEVERAL, stored=st.sampled_from(["float32", "bfloat16"])))
 def test_every_rank_has_the_same_logits(causal_lm, case):
     """The logits are the same on every rank, bit for bit."""
@@ -514,7 +514,7 @@ MISFITS = st.sampled_from(
 )
 
 
-@requirement("causal_lm.refuses.heads-and-ranks", source=MEGATRON)
+@requirement("causal_lm.refuses.heads-and-ranks", source=MEGATRON, several_ranks=True)
 @given(
     case=MISFITS.flatmap(
         lambda sizes: cases(ranks=(1,), heads=(sizes[1:],), intermediate=96).map(
@@ -527,7 +527,7 @@ def test_ranks_that_do_not_divide_the_heads_are_refused(causal_lm, case):
     assert_ranks_refused(causal_lm, case)
 
 
-@requirement("causal_lm.refuses.width-and-ranks", source=MEGATRON)
+@requirement("causal_lm.refuses.width-and-ranks", source=MEGATRON, several_ranks=True)
 @given(case=cases(ranks=SEVERAL, intermediate=st.sampled_from([47, 53, 59])))
 def test_ranks_that_do_not_divide_the_mlp_are_refused(causal_lm, case):
     """Ranks that do not divide the MLP raise an exception that names the sizes, or do it right."""
@@ -541,7 +541,7 @@ def test_missing_tensors_are_refused(causal_lm, case):
     assert_missing_refused(causal_lm, case)
 
 
-@requirement("causal_lm.refuses.fault-of-one-rank", source=MEGATRON)
+@requirement("causal_lm.refuses.fault-of-one-rank", source=MEGATRON, several_ranks=True)
 @given(case=cases(ranks=SEVERAL))
 def test_a_fault_of_one_rank_stops_all(causal_lm, case):
     """A fault in the part of one rank raises an exception on every rank; none waits for another."""
@@ -575,7 +575,7 @@ def test_the_directory_is_unchanged(causal_lm, case):
 # Communication
 
 
-@requirement("causal_lm.communication.two-reductions", source=MEGATRON)
+@requirement("causal_lm.communication.two-reductions", source=MEGATRON, several_ranks=True)
 @given(case=cases(ranks=SEVERAL, layers=1, tokens=5))
 def test_a_block_communicates_two_reductions(causal_lm, case):
     """Each block communicates two reductions and nothing else, in prompts and in steps."""
@@ -655,7 +655,7 @@ def test_end_tokens_of_the_call_overrule_the_configuration(causal_lm, case):
 # Sampling
 
 
-@requirement("causal_lm.sample.same-on-every-rank", source=MEGATRON)
+@requirement("causal_lm.sample.same-on-every-rank", source=MEGATRON, several_ranks=True)
 @given(case=cases(ranks=SEVERAL))
 def test_ranks_sample_the_same_tokens(causal_lm, case):
     """Sampled tokens are the same on every rank, whatever random numbers each has."""

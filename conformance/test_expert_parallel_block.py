@@ -26,14 +26,16 @@ IDLE = st.one_of(
 """All tokens go to the same two experts, so that other ranks have none."""
 
 
-@requirement("expert_parallel_block.output.two-ranks", source=PARALLEL, smoke=True)
+@requirement(
+    "expert_parallel_block.output.two-ranks", source=PARALLEL, smoke=True, several_ranks=True
+)
 @given(case=TWO)
 def test_every_rank_has_the_whole_output(expert_parallel_block, case):
     """On two ranks each has the output of the whole block."""
     assert_outputs(expert_parallel_block, case)
 
 
-@requirement("expert_parallel_block.output.three-ranks", source=PARALLEL)
+@requirement("expert_parallel_block.output.three-ranks", source=PARALLEL, several_ranks=True)
 @given(case=parallel_cases(3))
 def test_three_ranks_have_the_whole_output(expert_parallel_block, case):
     """On three ranks each has the output of the whole block."""
@@ -47,7 +49,7 @@ def test_one_rank_has_the_whole_output(expert_parallel_block, case):
     assert_outputs(expert_parallel_block, case)
 
 
-@requirement("expert_parallel_block.output.idle-ranks", source=PARALLEL)
+@requirement("expert_parallel_block.output.idle-ranks", source=PARALLEL, several_ranks=True)
 @given(case=IDLE)
 def test_ranks_without_tokens_have_the_output(expert_parallel_block, case):
     """A rank whose experts have no token has the output of the others."""
@@ -84,14 +86,14 @@ def test_gradients_of_experts_are_those_of_the_whole_block(expert_parallel_block
     assert_gradients(expert_parallel_block, case, "gate_up_proj", "down_proj")
 
 
-@requirement("expert_parallel_block.gradient.idle-ranks", source=PARALLEL)
+@requirement("expert_parallel_block.gradient.idle-ranks", source=PARALLEL, several_ranks=True)
 @given(case=IDLE)
 def test_ranks_without_tokens_have_complete_gradients(expert_parallel_block, case):
     """A rank without tokens has the gradients of router and input too, and zeros for its experts."""
     assert_gradients(expert_parallel_block, case, "router", "hidden", "gate_up_proj", "down_proj")
 
 
-@requirement("expert_parallel_block.replicas.identical", source=FAST_LLM)
+@requirement("expert_parallel_block.replicas.identical", source=FAST_LLM, several_ranks=True)
 @given(case=st.one_of(TWO, parallel_cases(3)))
 def test_replicas_are_the_same_bits(expert_parallel_block, case):
     """Outputs and gradients of what every rank has are the same bits, so that replicas stay equal."""
@@ -105,7 +107,7 @@ def test_experts_without_tokens_do_nothing(expert_parallel_block, case):
     assert_idle_experts_do_nothing(expert_parallel_block, case)
 
 
-@requirement("expert_parallel_block.refuses.parts", source=PARALLEL)
+@requirement("expert_parallel_block.refuses.parts", source=PARALLEL, several_ranks=True)
 @given(case=TWO)
 def test_experts_that_do_not_add_up_are_refused(expert_parallel_block, case):
     """Too few experts, on all ranks or on one, raise an exception on every rank, and none hangs."""

@@ -107,7 +107,7 @@ def test_row_takes_its_part_of_a_whole_input(parallel_linear, case):
     assert_layer(parallel_linear, case)
 
 
-@requirement("parallel_linear.row.ranks-identical", source=MEGATRON)
+@requirement("parallel_linear.row.ranks-identical", source=MEGATRON, several_ranks=True)
 @given(case=layer_cases(st.sampled_from(["row", "mlp", "embedding"])))
 def test_ranks_have_the_same_sum(parallel_linear, case):
     """The ranks of a group have the same bits, or they drift apart."""
@@ -385,7 +385,10 @@ def test_layer_keeps_its_own_part(parallel_linear, case):
 
 
 @requirement(
-    "parallel_linear.init.own-numbers", source="modelscope/ms-swift#7944", level="extended"
+    "parallel_linear.init.own-numbers",
+    source="modelscope/ms-swift#7944",
+    level="extended",
+    several_ranks=True,
 )
 @given(case=layer_cases(LINEAR))
 def test_ranks_draw_the_parts_of_one_weight(parallel_linear, case):
@@ -396,14 +399,21 @@ def test_ranks_draw_the_parts_of_one_weight(parallel_linear, case):
 # Communication
 
 
-@requirement("parallel_linear.communication.one-reduction", source=MEGATRON, level="extended")
+@requirement(
+    "parallel_linear.communication.one-reduction",
+    source=MEGATRON,
+    level="extended",
+    several_ranks=True,
+)
 @given(case=layer_cases(st.sampled_from(["row", "mlp", "embedding"])))
 def test_a_sum_is_one_reduction(parallel_linear, case):
     """A row-parallel layer, an MLP and an embedding make one all-reduce and nothing else."""
     assert_communicates(parallel_linear, case, all_reduce=1)
 
 
-@requirement("parallel_linear.communication.none", source=MEGATRON, level="extended")
+@requirement(
+    "parallel_linear.communication.none", source=MEGATRON, level="extended", several_ranks=True
+)
 @given(case=layer_cases(st.sampled_from(["column", "qkv", "gate_up"])))
 def test_parts_are_not_communicated(parallel_linear, case):
     """A column-parallel layer that keeps its part communicates nothing."""
@@ -414,7 +424,10 @@ def test_parts_are_not_communicated(parallel_linear, case):
 
 
 @requirement(
-    "parallel_linear.groups.independent", source="torch.distributed.new_group", level="extended"
+    "parallel_linear.groups.independent",
+    source="torch.distributed.new_group",
+    level="extended",
+    several_ranks=True,
 )
 @given(case=layer_cases(ANY_KIND, ranks=4, group_size=2))
 def test_groups_have_nothing_to_do_with_each_other(parallel_linear, case):
@@ -427,6 +440,7 @@ def test_groups_have_nothing_to_do_with_each_other(parallel_linear, case):
     source="torch.distributed.new_group",
     level="extended",
     confusable={"groups of one"},
+    several_ranks=True,
 )
 @given(case=layer_cases(ANY_KIND, ranks=st.sampled_from([2, 3]), group_size=1))
 def test_a_group_of_one_is_a_rank_alone(parallel_linear, case):
@@ -475,28 +489,30 @@ def test_calls_do_not_change_the_layer(parallel_linear, case):
 # Bad input
 
 
-@requirement("parallel_linear.refuses.column-width", source=MEGATRON)
+@requirement("parallel_linear.refuses.column-width", source=MEGATRON, several_ranks=True)
 @given(case=layer_cases("column", width_out=st.sampled_from([23, 29, 31])))
 def test_an_output_width_that_ranks_do_not_divide_is_refused(parallel_linear, case):
     """A column-parallel layer whose rows the ranks do not divide is refused; the sizes are named."""
     assert_refused(parallel_linear, case, sizes=(case.width_out, case.ranks))
 
 
-@requirement("parallel_linear.refuses.row-width", source=MEGATRON)
+@requirement("parallel_linear.refuses.row-width", source=MEGATRON, several_ranks=True)
 @given(case=layer_cases("row", width_in=st.sampled_from([23, 29, 31])))
 def test_an_input_width_that_ranks_do_not_divide_is_refused(parallel_linear, case):
     """A row-parallel layer whose columns the ranks do not divide is refused; the sizes are named."""
     assert_refused(parallel_linear, case, sizes=(case.width_in, case.ranks))
 
 
-@requirement("parallel_linear.refuses.heads", source=VLLM)
+@requirement("parallel_linear.refuses.heads", source=VLLM, several_ranks=True)
 @given(case=layer_cases("qkv", heads=14, kv_heads=2, head_dim=4, ranks=st.sampled_from([3, 4])))
 def test_query_heads_that_ranks_do_not_divide_are_refused(parallel_linear, case):
     """Fourteen query heads on three or four ranks are refused; the sizes are named."""
     assert_refused(parallel_linear, case, sizes=(14, case.ranks))
 
 
-@requirement("parallel_linear.refuses.kv-heads", source="huggingface/transformers#48307")
+@requirement(
+    "parallel_linear.refuses.kv-heads", source="huggingface/transformers#48307", several_ranks=True
+)
 @given(
     case=st.sampled_from([(12, 2, 3), (12, 3, 4), (6, 3, 2)]).flatmap(
         lambda sizes: layer_cases(
@@ -509,7 +525,7 @@ def test_key_value_heads_that_fit_no_rank_are_refused(parallel_linear, case):
     assert_refused(parallel_linear, case, sizes=(case.kv_heads, case.ranks))
 
 
-@requirement("parallel_linear.refuses.mlp-width", source=MEGATRON)
+@requirement("parallel_linear.refuses.mlp-width", source=MEGATRON, several_ranks=True)
 @given(case=layer_cases(st.sampled_from(["mlp", "gate_up"]), width_out=st.sampled_from([23, 29])))
 def test_an_intermediate_width_that_ranks_do_not_divide_is_refused(parallel_linear, case):
     """A gated MLP whose width the ranks do not divide is refused; the sizes are named."""

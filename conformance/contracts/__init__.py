@@ -81,6 +81,8 @@ class Contract:
 
     name: str
     protocol: type
+    on_device: bool = True
+    """Whether it computes on a device; arithmetic about files and offsets has no part on a GPU."""
 
     @property
     def summary(self) -> str:
@@ -146,7 +148,7 @@ CONTRACTS: dict[str, Contract] = {
         Contract("parallel_linear", ParallelLinear),
         Contract("weight_loader", WeightLoader),
         Contract("causal_lm", CausalLM),
-        Contract("flat_layout", FlatLayout),
+        Contract("flat_layout", FlatLayout, on_device=False),
         Contract("flat_shards", FlatShards),
         Contract("moe_router", MoERouter),
         Contract("experts", Experts),
@@ -155,7 +157,7 @@ CONTRACTS: dict[str, Contract] = {
         Contract("shared_core", SharedCore),
         Contract("shared_core_fit", SharedCoreFit),
         Contract("shared_core_block", SharedCoreBlock),
-        Contract("compression_statistics", CompressionStatistics),
+        Contract("compression_statistics", CompressionStatistics, on_device=False),
         Contract("compressed_checkpoint", CompressedCheckpoint),
     )
 }

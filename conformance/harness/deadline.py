@@ -23,8 +23,8 @@ def stacks_go_to(descriptor: int) -> None:
 
 
 @contextmanager
-def deadline(seconds: float):
-    """Raise :class:`TimedOut` in the body after ``seconds``.
+def deadline(seconds: float, hard_factor: float = HARD_FACTOR):
+    """Raise :class:`TimedOut` in the body after ``seconds``; end the process after so many times it.
 
     Works in the main thread of a POSIX system, where signals arrive; elsewhere there is no bound.
     Code that does not return to the interpreter cannot be interrupted: then the process prints the
@@ -43,7 +43,7 @@ def deadline(seconds: float):
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     stream = {"file": _stacks[0]} if _stacks else {}
-    faulthandler.dump_traceback_later(seconds * HARD_FACTOR, exit=True, **stream)
+    faulthandler.dump_traceback_later(seconds * hard_factor, exit=True, **stream)
     try:
         yield
     finally:

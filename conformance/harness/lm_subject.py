@@ -162,6 +162,8 @@ def own_random_numbers(seed: int) -> Iterator[None]:
 
 def load(subject: Subject, directory: str, options: dict[str, Any]) -> Any:
     """The model of a directory."""
+    if subject.device != "cpu":
+        options = {"device": subject.device, **options}
     with uninitialised_memory_is_nan(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a loader may say which head it takes
         model = subject(directory, **options)

@@ -108,6 +108,12 @@ def on_ranks(subject: Subject, ranks: int, function: RankFunction, *arguments: A
     Raises what a rank raised, as a failure that names the rank.
     """
     subject.calls[subject.contract.name] += 1
+    if subject.device == "cuda":
+        if under_torchrun():
+            raise NotRun("ranks on GPUs are started by the suite, and not by torchrun")
+        from conformance.harness import gpu_ranks
+
+        return gpu_ranks.on_gpus(subject, ranks, function, arguments)
     if under_torchrun():
         return _in_existing_group(subject, ranks, function, arguments)
     if ranks == 1:
@@ -161,6 +167,9 @@ def end_pools() -> None:
     for pool in _pools.values():
         pool.end()
     _pools.clear()
+    gpus = sys.modules.get("conformance.harness.gpu_ranks")
+    if gpus is not None:
+        gpus.end_pools()
 
 
 atexit.register(end_pools)
@@ -170,13 +179,16 @@ class RankPool:
     """``ranks`` processes that are a gloo group and wait for calls."""
 
     def __init__(self, subject: Subject, ranks: int) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            raise NotRun("ranks are forked, which a process that uses CUDA cannot be")
+        self._check_forkable()
         self.subject, self.ranks = subject, ranks
         self.patience, self.grace = PATIENCE, GRACE
         self.workers: list[Worker] = []
         self.hung: dict[bytes, dict[int, Any]] = {}
         """What ended calls that hung, by request."""
+
+    def _check_forkable(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            raise NotRun("ranks are forked, which a process that uses CUDA cannot be")
 
     def start(self) -> None:
         """Fork the processes; they meet at a file."""
@@ -214,10 +226,14 @@ class RankPool:
         if any(answer.kind in (HUNG, WAITING) for answer in raised):
             self.hung[request] = answers
             current_tally().hangs += 1
-        alike = len({answer.type for answer in raised}) == 1 and len(raised) == self.ranks
-        if raised and not (alike and raised[0].type == "Declined"):
-            self.end()  # a rank may be waiting for one that has failed
+        if raised and self._must_end(raised):
+            self.end()
         return _results(answers, self.ranks)
+
+    def _must_end(self, raised: list[Raised]) -> bool:
+        # A rank may be waiting for one that has failed.
+        alike = len({answer.type for answer in raised}) == 1 and len(raised) == self.ranks
+        return not (alike and raised[0].type == "Declined")
 
     def _answers(self) -> dict[int, Any]:
         """The answer of each rank that gave one, until all have, one is lost, or time is over."""
@@ -378,7 +394,7 @@ def _serve(
     for pool in _pools.values():  # so that a pool ends when this process's parent does
         for worker in pool.workers:
             worker.pipe.close()
-    with stacks.open("w") as stack_file, _silence():
+    with stacks.open("w") as stack_file, silence():
         faulthandler.enable(file=stack_file, all_threads=False)
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
         torch.set_num_threads(1)  # the threads of the parent are not here
@@ -417,7 +433,7 @@ def _answer(subject: Subject, function: RankFunction, arguments: tuple[Any, ...]
 
 
 @contextlib.contextmanager
-def _silence():
+def silence():
     """Drop what is printed: the standard streams of a test run are not this process's."""
     with open(os.devnull, "w") as nowhere:
         for stream in (1, 2):

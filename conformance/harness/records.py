@@ -108,21 +108,31 @@ def make_record(
     )
 
 
-def died(planned: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a requirement during which the process ended."""
-    reason = "process died: the implementation ended the process that ran it"
-    record = make_record(planned, FAIL, reason, duration=0.0)
+def died(planned: Mapping[str, Any], stacks: str = "") -> dict[str, Any]:
+    """The record of a requirement during which the process ended.
+
+    ``stacks`` are those that it left when it was ended because it never returned to Python.
+    """
+    if stacks:
+        kind, summary = "timed out", "the implementation did not return, and its process was ended"
+    else:
+        kind, summary = "process died", "the implementation ended the process that ran it"
+    record = make_record(planned, FAIL, f"{kind}: {summary}", duration=0.0)
     record["failure"] = {
-        "kind": "process died",
+        "kind": kind,
         "lane": "exact",
-        "summary": "the implementation ended the process that ran it",
-        "details": [],
+        "summary": summary,
+        "details": stacks.splitlines()[:STACK_LINES],
         "case": None,
         "reproduction": [],
         "rule": None,
         "source": None,
     }
     return record
+
+
+STACK_LINES = 20
+"""Lines of the stacks of a process that had to be ended: the innermost frames come first."""
 
 
 def _counts(tally: Tally | None) -> dict[str, Any]:

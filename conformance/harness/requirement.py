@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from hypothesis.errors import Flaky
 
 from conformance.contracts import CONTRACTS
-from conformance.harness import profiles
-from conformance.harness.deadline import DEFAULT_SECONDS, deadline
+from conformance.harness import gpu_lane, profiles
+from conformance.harness.deadline import DEFAULT_SECONDS, HARD_FACTOR, deadline
 from conformance.harness.failures import (
     ConformanceFailure,
     Declined,
     HarnessError,
     Inconclusive,
+    NotRun,
     TimedOut,
 )
 from conformance.harness.subject import Subject
@@ -41,6 +42,8 @@ class Tally:
     executed: int = 0
     declined: Counter[str] = field(default_factory=Counter)
     inconclusive: Counter[str] = field(default_factory=Counter)
+    not_run: Counter[str] = field(default_factory=Counter)
+    """Cases that this machine has not the hardware or the memory for."""
     telling: int = 0
     """Executed cases in which no two axes that a bug could confuse have the same size."""
     confusable: Counter[str] = field(default_factory=Counter)
@@ -73,9 +76,16 @@ class Requirement:
     source: str
     smoke: bool
     gpu: bool
+    several_ranks: bool
+    """Whether one rank would say nothing: with fewer GPUs than ranks it does not run there."""
     test: Callable
     confusable_by_design: frozenset[str]
     last_tally: Tally = field(default_factory=Tally)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the contract computes on a device."""
+        return CONTRACTS[self.contract].on_device
 
     def check(self, method: Callable, *, seconds: float | None = None) -> Tally:
         """Run the test against ``method`` (bound, or a :class:`Subject`), outside or inside pytest.
@@ -92,6 +102,8 @@ class Requirement:
         if tally.executed == 0:
             if tally.declined:
                 raise Declined("; ".join(tally.declined))
+            if tally.not_run:
+                raise NotRun("; ".join(tally.not_run))
             if tally.inconclusive:
                 raise Inconclusive("; ".join(tally.inconclusive))
             raise HarnessError(f"{self.slug} drew no case at all")
@@ -100,6 +112,8 @@ class Requirement:
             message = f"every case that ran was degenerate ({seen})"
             if tally.declined:
                 raise Inconclusive(f"{message}; declined: {'; '.join(tally.declined)}")
+            if tally.not_run:
+                raise NotRun(f"{message}; not run: {'; '.join(tally.not_run)}")
             if tally.drawn < ENOUGH_CASES:
                 raise Inconclusive(f"{message}, of the {tally.drawn} that were drawn")
             raise HarnessError(f"{self.slug}: {message}")
@@ -110,7 +124,8 @@ ENOUGH_CASES = 10
 
 REGISTRY: dict[str, Requirement] = {}
 
-DEFAULT_DEADLINE = {"seconds": DEFAULT_SECONDS}
+DEFAULT_DEADLINE: dict[str, float | None] = {"seconds": None}
+"""What the user asks for; None leaves it to the device."""
 
 
 def requirement(
@@ -120,6 +135,7 @@ def requirement(
     level: Level = "core",
     smoke: bool = False,
     gpu: bool = False,
+    several_ranks: bool = False,
     confusable: set[str] = frozenset(),
 ) -> Callable[[Callable], Callable]:
     """Register the decorated test under ``slug`` (``contract.topic.rule``, stable for ever).
@@ -127,6 +143,8 @@ def requirement(
     The test takes the contract's name as its fixture and, through ``hypothesis.given``, a ``case``;
     its docstring states the rule. ``confusable`` names the coincidences of a case (see
     ``confusable()`` of the case classes) that belong to the rule and do not make it degenerate.
+    ``gpu`` is for rules that only a CUDA device can be held to, ``several_ranks`` for those that one
+    rank cannot break.
     """
     if not _SLUG.fullmatch(slug) or slug.split(".")[0] not in CONTRACTS:
         raise HarnessError(f"{slug!r} is not contract.topic.rule")
@@ -142,6 +160,7 @@ def requirement(
             source=source,
             smoke=smoke,
             gpu=gpu,
+            several_ranks=several_ranks,
             test=test,
             confusable_by_design=frozenset(confusable),
         )
@@ -149,7 +168,7 @@ def requirement(
 
         @functools.wraps(test)
         def run(*, seconds: float | None = None, **subjects: Any) -> None:
-            _run(record, test, subjects, seconds or DEFAULT_DEADLINE["seconds"])
+            _run(record, test, subjects, seconds)
 
         run.requirement = record
         record.test = run
@@ -159,26 +178,40 @@ def requirement(
     return register
 
 
-def _run(record: Requirement, test: Callable, subjects: Mapping[str, Any], seconds: float) -> None:
+def _bound(on_gpu: bool, seconds: float | None) -> tuple[float, float]:
+    """The deadline of a requirement in seconds, and how many times it a process may take."""
+    asked = seconds or DEFAULT_DEADLINE["seconds"]
+    if on_gpu:
+        return asked or gpu_lane.SECONDS, gpu_lane.HARD_FACTOR
+    return asked or DEFAULT_SECONDS, HARD_FACTOR
+
+
+def _run(
+    record: Requirement, test: Callable, subjects: Mapping[str, Any], seconds: float | None
+) -> None:
     record.last_tally = tally = Tally()
     wrapped = {name: Subject.of(name, method) for name, method in subjects.items()}
     # Hypothesis fixes the settings of a test when it is decorated; ours are chosen for each run.
     test._hypothesis_internal_use_settings = profiles.active()
     test._hypothesis_internal_use_seed = profiles.seed()
     token = _tally.set(tally)
+    on_gpu = wrapped[record.contract].device == "cuda"
     try:
-        with deadline(seconds), profiles.without_local_constants():
+        with deadline(*_bound(on_gpu, seconds)), profiles.without_local_constants():
             try:
                 test(**wrapped)
             except BaseExceptionGroup as group:
                 raise _failure_among(group) from None
-    except ConformanceFailure as failure:
+    except (ConformanceFailure, gpu_lane.DeviceLost) as error:
+        failure = error.ended if isinstance(error, gpu_lane.DeviceLost) else error
         failure.requirement = record
         failure.import_lines = wrapped[record.contract].import_lines
-        raise
+        raise failure from failure.__cause__
     except TimedOut as error:
         failure = ConformanceFailure("timed out", f"{record.slug} was {error}")
         failure.requirement = record
+        if on_gpu:  # what it waits for may still be running there
+            gpu_lane.marked(failure, gpu_lane.TIMED_OUT)
         raise failure from None
     finally:
         _tally.reset(token)
@@ -207,7 +240,14 @@ def _counted(record: Requirement, inner: Callable) -> Callable:
         tally.drawn += 1
         subject: Subject = kwargs[record.contract]
         calls_before = subject.calls.total()
+        on_gpu = subject.device == "cuda"
+        if on_gpu:
+            gpu_lane.settle_arithmetic()
+        by_design = record.confusable_by_design
         try:
+            if on_gpu:
+                case, fewer = gpu_lane.on_the_gpus_there_are(case, record.several_ranks)
+                by_design |= fewer
             inner(*args, case=case, **kwargs)
             if subject.calls.total() == calls_before:
                 raise HarnessError(f"{record.slug} never called the implementation on {case!r}")
@@ -215,9 +255,16 @@ def _counted(record: Requirement, inner: Callable) -> Callable:
             tally.declined[str(error) or "NotImplementedError"] += 1
         except Inconclusive as error:
             tally.inconclusive[str(error)] += 1
+        except NotRun as error:
+            tally.not_run[str(error)] += 1
+        except Exception as error:
+            lost = gpu_lane.lost_by(error) if on_gpu else None
+            if lost is None:
+                raise
+            raise lost from None
         else:
             tally.executed += 1
-            confusable = case.confusable() - record.confusable_by_design
+            confusable = case.confusable() - by_design
             tally.confusable.update(confusable)
             tally.telling += not confusable
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from conformance.harness import ledger, records, report, verdict
+from conformance.harness import gpu_isolation, gpu_lane, ledger, records, report, verdict
 from conformance.harness.environment import describe_environment, describe_implementation
 from conformance.harness.failures import ConformanceFailure, NotOffered, NotRun
 from conformance.harness.numerics import NumericsError, entry_of, made_by
@@ -72,6 +72,14 @@ class Runner:
         self.resolved: Resolved | None = None
         self.known: dict[str, ledger.Entry] = {}
         self.explicit = False
+        self.lost: str | None = None
+        """How this process lost the GPU."""
+
+    @property
+    def plan_folder(self) -> Path | None:
+        """The folder that a worker of xdist shares with the controller."""
+        worker = getattr(self.config, "workerinput", {})
+        return Path(worker["conformance_plans"]) if "conformance_plans" in worker else None
 
     @property
     def seconds(self) -> float | None:
@@ -107,11 +115,23 @@ class Runner:
             seed=seed,
             smoke=bool(self.config.getoption("conformance_smoke")),
             planned=[item["id"] for item in self.items.values()],
-            # Requirements that only a GPU can hold count where a GPU was asked for.
-            suite={slug: r.level for slug, r in suite.items() if gpu or not r.gpu},
+            suite=self._could_hold(suite, gpu),
             required=required,
         )
         return {"header": head, "items": self.items, "numerics": made_by(head, _cpu())}
+
+    def _could_hold(self, suite: Mapping[str, Requirement], gpu: bool) -> dict[str, str]:
+        """Slug to level of what this run could have held.
+
+        What only a GPU can be held to counts where one was asked for; what has no part on a GPU does
+        not count there, unless it runs on the CPU beside it.
+        """
+        planned = {item["slug"] for item in self.items.values()}
+        return {
+            slug: found.level
+            for slug, found in suite.items()
+            if slug in planned or (found.on_device if gpu else not found.gpu)
+        }
 
     def _asked_for(self) -> bool:
         options = ("--impl", "--smoke", "--conformance")
@@ -157,11 +177,16 @@ class Runner:
             requirement.DEFAULT_DEADLINE["seconds"] = self.seconds
         # Output is captured while a test runs; the stacks of a hang must reach the user.
         with contextlib.suppress(OSError):
-            deadline.stacks_go_to(os.dup(2))
+            if self.plan_folder is not None and names_gpu(self.config.getoption("markexpr", "")):
+                worker = self.config.workerinput["workerid"]
+                file = gpu_isolation.stack_file(self.plan_folder, worker)
+                deadline.stacks_go_to(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600))
+            else:
+                deadline.stacks_go_to(os.dup(2))
 
     def subject(self, contract: str, implementation: Callable[[], object], device: str) -> Subject:
         """The contract's method of the implementation; NotOffered where it has none."""
-        if device == "cuda" and not _has_cuda():
+        if device == "cuda" and not gpu_lane.has_cuda():
             raise NotRun("no CUDA device")
         resolved = self.resolved
         if not self.explicit:
@@ -185,6 +210,24 @@ class Runner:
         found = requirement_of(item)
         return self.known.get(found.slug) if found is not None else None
 
+    def stop_if_lost(self, item: pytest.Item) -> None:
+        """Raise NotRun where a requirement on a GPU cannot run any more."""
+        planned = self.items.get(item.nodeid)
+        if planned is None or planned["device"] != "cuda":
+            return
+        if self.lost:
+            raise NotRun(f"{self.lost}, and there is no fresh process without pytest-xdist")
+        if self.plan_folder is not None:
+            lost = gpu_isolation.read_lost(self.plan_folder)
+            if why := gpu_isolation.why_not_run(lost, planned["contract"]):
+                raise NotRun(why)
+
+    def _note_if_lost(self, planned: Mapping[str, Any], error: BaseException | None) -> None:
+        why = gpu_lane.why_lost(error)
+        in_a_worker = hasattr(self.config, "workerinput")
+        if why and (in_a_worker or why != gpu_lane.OUT_OF_MEMORY):
+            self.lost = f"the device was lost in {planned['id']} ({why})"
+
     def finish_report(
         self, item: pytest.Item, call: pytest.CallInfo, error: BaseException | None, result: Any
     ) -> None:
@@ -196,6 +239,7 @@ class Runner:
         result.sections = [(name, _last_part(text)) for name, text in result.sections]
         if call.when not in REPORTED_PHASES or (call.when == "setup" and error is None):
             return
+        self._note_if_lost(planned, error)
         outcome, reason = records.outcome_of(error, call.when)
         record = records.make_record(
             planned,
@@ -296,7 +340,7 @@ class Controller:
         if carried:
             record = json.loads(carried[-1])
         elif result.when not in (*REPORTED_PHASES, "teardown"):  # xdist: the worker is gone
-            record = records.died(planned)
+            record = records.died(planned, getattr(result, "conformance_stacks", ""))
         else:
             self.other_failures += result.failed and result.when == "teardown"
             return
@@ -307,6 +351,20 @@ class Controller:
             self.numerics.take(record["id"], getattr(result, ATTRIBUTE, None))
         if self.writer:
             self.writer.append(record)
+
+    def worker_died(self, nodeid: str, result: pytest.TestReport) -> None:
+        """A worker of xdist is gone that ran this item, whose report may have come before."""
+        planned = (self.plan or {"items": {}})["items"].get(nodeid)
+        if planned is None:
+            return
+        folder = Path(self.folder_for_plans())
+        if planned["device"] == "cuda":
+            gpu_isolation.note_lost(folder, planned)
+        if planned["id"] in self.records:  # it ended itself, after it had told how the item ended
+            result.outcome, result.when, result.longrepr = "passed", "teardown", None
+            return
+        file = gpu_isolation.stack_file(folder, result.node.gateway.id)
+        result.conformance_stacks = file.read_text("utf-8") if file.is_file() else ""
 
     def finish(self, exitstatus: int) -> int:
         """Decide the verdict, end the report, and give the exit status of the run."""
@@ -501,12 +559,6 @@ def _last_part(text: str) -> str:
     return f"… ({len(text) - CAPTURED} characters left out)\n{text[-CAPTURED:]}"
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _cpu() -> str:
     """The family of the processor and its widest vector instructions that torch uses."""
     import torch
@@ -517,7 +569,7 @@ def _cpu() -> str:
 def _device(gpu: bool) -> str:
     if not gpu:
         return "cpu"
-    if not _has_cuda():
+    if not gpu_lane.has_cuda():
         return "no CUDA device"
     import torch
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conformance.contracts import CONTRACTS
 from conformance.harness.failures import ConformanceFailure, Declined
+from conformance.harness.gpu_lane import wait_for_device
 
 
 class Subject:
@@ -95,9 +96,13 @@ def accepted_options(method: Callable) -> tuple[frozenset[str], bool]:
 
 @contextmanager
 def errors_named(contract: str):
-    """Any exception of the method becomes a failure; ``NotImplementedError`` declines the case."""
+    """Any exception of the method becomes a failure; ``NotImplementedError`` declines the case.
+
+    Kernels that it started on a GPU have ended: what they raise is the method's, too.
+    """
     try:
         yield
+        wait_for_device()
     except (ConformanceFailure, Declined):
         raise
     except NotImplementedError as error:

@@ -126,7 +126,11 @@ def judge(plan: Plan, records: Iterable[Mapping[str, Any]]) -> Verdict:
             f"{ends_missing} of {planned} planned requirements never reported",
         )
     if not executed:
-        return verdict("inconclusive", TOO_FEW, f"none of {planned} planned requirements executed")
+        reasons = {record["reason"] for record in records}
+        why = f": {reasons.pop()}" if len(reasons) == 1 else ""
+        return verdict(
+            "inconclusive", TOO_FEW, f"none of {planned} planned requirements executed{why}"
+        )
     core = {slug: end for slug, end in ends.items() if plan.suite.get(slug) == "core"}
     unsure = [slug for slug, end in core.items() if end == INCONCLUSIVE]
     if unsure:
