@@ -28,11 +28,12 @@ STATISTICS = ("largest", "root mean square", "worst row", "gain")
 FACTOR = 1.5
 """Times its base that an error is worse from, unless the user gives another factor."""
 
-NEGLIGIBLE = 0.2
-"""Share of a floor below which an error counts as this share, in base and head alike.
+NEGLIGIBLE = {"precision": 0.1, "semantic": 0.2}
+"""Share of a floor below which an error counts as this share, in base and head alike, by lane.
 
 A factor between two errors that are both far below the floor says nothing, and one over an error of
-zero is infinite.
+zero is infinite. One rounding of an output to its 16-bit dtype is a share of about 0.2; three
+roundings are 0.2 in float32, whose floor has sixteen, and other orders of summing make as much.
 """
 
 LARGEST_SHARE = 1e6
@@ -178,7 +179,8 @@ def parse(text: str, path: object) -> Recording:
         raise wrong(f"is damaged: it has no {', '.join(missing)}; {again}")
     if not _well_formed(value["requirements"]):
         raise wrong(f"is damaged: a comparison is not {len(STATISTICS)} numbers from 0; {again}")
-    return Recording({n: value[n] for n in (*REFUSED, *NAMED)}, value["requirements"])
+    made_by = {name: said for name, said in value.items() if name in (*REFUSED, *NAMED)}
+    return Recording(made_by, value["requirements"])
 
 
 def _well_formed(requirements: Any) -> bool:
@@ -226,7 +228,8 @@ class Row:
     @property
     def factor(self) -> float:
         """How many times as large the error is; 1 where both are negligible."""
-        return max(self.head, NEGLIGIBLE) / max(self.base, NEGLIGIBLE)
+        least = NEGLIGIBLE[self.lane]
+        return max(self.head, least) / max(self.base, least)
 
 
 @dataclass(frozen=True)
@@ -260,8 +263,8 @@ def must_match(base: Recording, made_by: Mapping[str, Any], path: object) -> Non
     for name, what in REFUSED.items():
         if base.made_by[name] != made_by[name]:
             raise NumericsError(
-                f"--numerics-check: {path} was recorded with {what} {base.made_by[name]}, "
-                f"this run has {made_by[name]}; record a base for it with --numerics-record"
+                f"--numerics-check: {path} was recorded with {what} {_said(base.made_by[name])}, "
+                f"this run has {_said(made_by[name])}; record a base for it with --numerics-record"
             )
 
 
@@ -288,11 +291,15 @@ def compare(
     rows = [row for (id, lane), found in pairs.items() for row in _rows(id, lane, found)]
     rows.sort(key=lambda row: (-row.factor, -row.head, row.id, row.lane, row.statistic))
     differences = tuple(
-        f"{what} {base.made_by[name]} in the base, {head.made_by[name]} here"
+        f"{what} {_said(base.made_by[name])} in the base, {_said(head.made_by[name])} here"
         for name, what in NAMED.items()
         if base.made_by[name] != head.made_by[name]
     )
     return Comparison(limit, tuple(rows), common, only_base, only_head, differences)
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _flat(entry: Entry) -> dict[tuple[str, str, int], Shares]:

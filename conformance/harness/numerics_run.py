@@ -210,8 +210,9 @@ def table(found: Comparison) -> list[str]:
     if not rows:
         return []
     width = max(len("requirement"), *(len(row.id) for row in rows))
+    least = ", ".join(f"{share:g} ({lane})" for lane, share in NEGLIGIBLE.items())
     lines = [
-        f"  errors as shares of the floor; one below {NEGLIGIBLE:g} counts as {NEGLIGIBLE:g}",
+        f"  errors as shares of the floor; less than {least} counts as that",
         f"  {'requirement':<{width}}  {'lane':<9}  {'statistic':<16}"
         f"{'base':>9}{'head':>9}{'factor':>9}",
         *(
