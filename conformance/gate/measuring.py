@@ -136,7 +136,6 @@ class ProcessPairs:
         with self._trio(base_first=True) as trio:
             self._check_origins(trio.workers)
             self.machine = trio.workers[BASE].ask("fingerprint")
-            self.anchors.append(trio.workers[BASE].ask("anchors"))
             for number, benchmark in enumerate(benchmarks, 1):
                 self.progress(f"preparing {number} of {len(benchmarks)}: {benchmark}")
                 with self._refusals_kept(benchmark, trio):
@@ -173,6 +172,8 @@ class ProcessPairs:
             # other one.
             base_first = (pair % 2 == 0) == (stage == "screen")
             with self._trio(base_first=base_first) as trio:
+                if not self.anchors:
+                    self.anchors.append(trio.workers[BASE].ask("anchors"))
                 for number, benchmark in enumerate(benchmarks, 1):
                     if benchmark in self.unusable:
                         continue
