@@ -54,6 +54,13 @@ class AccumulatesInModelDtype(_InModelDtype):
         return self.rounded(first + self.rounded(weights[..., half:] @ v[..., half:, :]))
 
 
+class RoundedTwice(_InModelDtype):
+    """The output is stored, scaled by 1.1, stored again, and scaled back."""
+
+    def combine(self, *arguments):
+        return self.rounded(self.rounded(super().combine(*arguments)) * 1.1) / 1.1
+
+
 class RotatesInModelDtype(Rotary):
     """The tables and every product and sum are in the dtype of x."""
 
@@ -80,6 +87,7 @@ LOSSES = (
     RoundedScores,
     RoundedQueries,
     AccumulatesInModelDtype,
+    RoundedTwice,
     RotatesInModelDtype,
     RoundedTables,
     SumsSlotsInModelDtype,

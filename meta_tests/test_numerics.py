@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
-from command_line import ROOT, start, suite_run
+from command_line import ROOT, site, start, suite_run
 from numerics_factors import errors_of
 from small_losses import LOSSES
 
@@ -525,6 +526,25 @@ def test_a_gpu_run_without_a_gpu_is_recorded_for_what_ran(tmp_path):
     assert "numerics  not recorded" in run.out
 
 
+def test_what_is_compared_on_a_gpu_is_recorded_by_its_device(tmp_path):
+    environment = {
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(site()), str(ROOT / "meta_tests"))),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    run = suite_run(
+        tmp_path,
+        *("-m", "gpu", "-p", "simulated_device"),
+        *("--impl=reference", "--numerics-record=base.json"),
+        only="attention.gqa.multi-query",
+        fresh=True,
+        **environment,
+    )
+    assert run.status == 0, run.text
+    value = json.loads((tmp_path / "base.json").read_text())
+    assert value["device"] == "Simulated GPU"
+    assert list(value["requirements"]) == ["attention.gqa.multi-query[cuda]"]
+
+
 # Losses
 
 SOME = {
@@ -551,7 +571,7 @@ def reference():
     return {contract: recording for contract, (recording, _) in made.items()}
 
 
-@pytest.mark.parametrize("loss", LOSSES[:6], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", LOSSES[:7], ids=lambda loss: loss.__name__)
 def test_a_loss_passes_its_requirements_and_fails_the_ledger(reference, loss):
     contract = next(contract for contract in SOME if hasattr(loss, contract))
     head, failed = errors_of(loss(), contract, SOME[contract])
