@@ -81,6 +81,16 @@ BUNDLED: dict[str, Bundled] = {
             "transformers' Qwen2ForCausalLM, with its own tensor parallelism",
         ),
         _bundled(
+            "torch-experts-grouped",
+            "grouped_experts:TorchGroupedExperts",
+            "experts sorted, in torch's grouped_mm",
+        ),
+        _bundled(
+            "torch-folded-experts",
+            "grouped_experts:FoldedGroupedExperts",
+            "a block of compressed experts: each core once a token, the rest in torch's grouped_mm",
+        ),
+        _bundled(
             "transformers-experts-eager",
             "transformers_experts:TransformersEagerExperts",
             "transformers' Qwen3-MoE experts, one after another",
