@@ -135,7 +135,7 @@ class AttentionWorkload(Workload):
     def sample(self, inputs: Inputs) -> set[tuple[int, int]]:
         """Places (row of the batch, key/value head) that are compared; one depends on the inputs."""
         number = self.batch * self.kv_heads
-        chance = int(inputs["v"].detach().float().abs().sum().item()) % number
+        chance = int(inputs["v"][0, 0].detach().float().abs().sum()) % number
         return {divmod(place, self.kv_heads) for place in (0, number - 1, chance)}
 
 
@@ -223,6 +223,7 @@ def attention_workloads(kind: str) -> list[AttentionWorkload]:
             for width, causal, length in (
                 (64, True, 4096),
                 (128, False, 4096),
+                (128, False, 16384),
                 (128, True, 4096),
                 (128, True, 16384),
             )

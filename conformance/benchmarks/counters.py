@@ -100,13 +100,27 @@ def on_cuda(call: Callable[[], Any]) -> Counters:
         "peak_bytes": after["allocated_bytes.all.peak"] - before[now],
     }
     events = profiled(call, cuda=True)
-    kernels = [e.name() for e in events if str(e.device_type()).endswith("CUDA")]
-    found = [name for name in kernels if not name.startswith(("Memcpy", "Memset"))]
+    found = kernels(events)
+    # Without the driver's profiling interface no kernel is seen; that is not a count of none.
     made: Counters = {"launches": len(found), **memory, "backend": backend(found)}
+    made = made if found else dict(memory)
     made |= triton_resources(gc.get_objects(), set(found))
     if any(event.name().startswith(COMPILED) for event in events):
         made |= compilation(call)
     return made
+
+
+def kernels(events: Iterable[Any]) -> list[str]:
+    """Names of the kernels among a profiler's events, without copies and annotations.
+
+    Annotations of the host appear a second time on the device, under the same name.
+    """
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for event in events:
+        names[str(event.device_type()).endswith("CUDA")].append(event.name())
+    of_host = set(names[False])
+    skipped = ("Memcpy", "Memset")
+    return [n for n in names[True] if not n.startswith(skipped) and n not in of_host]
 
 
 def profiled(call: Callable[[], Any], *, cuda: bool = False) -> list[Any]:

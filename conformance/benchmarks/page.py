@@ -49,25 +49,13 @@ LINES = (
     (
         "experts-qwen3",
         "Experts of Qwen3-30B-A3B, uniform routing",
-        r"experts\.qwen3-30b[^.]*\.[^.]*\.[^.]*\.t(\d+)\.uniform\.\w+",
+        r"(?:experts|shared_core_block)\.qwen3-30b-a3b\.[\w.]*\.t(\d+)\.uniform\.\w+",
         "tokens",
     ),
     (
         "experts-mixtral",
         "Experts of Mixtral-8x7B, uniform routing",
-        r"experts\.mixtral-8x7b\.[^.]*\.[^.]*\.t(\d+)\.uniform\.\w+",
-        "tokens",
-    ),
-    (
-        "compressed-qwen3",
-        "Compressed experts of Qwen3-30B-A3B, uniform routing",
-        r"shared_core_block\.qwen3-30b[^.]*\.[^.]*\.[^.]*\.r64\.t(\d+)\.uniform\.\w+",
-        "tokens",
-    ),
-    (
-        "compressed-mixtral",
-        "Compressed experts of Mixtral-8x7B, uniform routing",
-        r"shared_core_block\.mixtral-8x7b\.[^.]*\.[^.]*\.r64\.t(\d+)\.uniform\.\w+",
+        r"(?:experts|shared_core_block)\.mixtral-8x7b\.[\w.]*\.t(\d+)\.uniform\.\w+",
         "tokens",
     ),
 )

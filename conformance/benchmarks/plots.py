@@ -45,19 +45,18 @@ def roofline_points(records: Sequence[Record]) -> Series:
 def time_lines(records: Sequence[Record], pattern: str) -> Series:
     """(tokens, milliseconds) by implementation, of rows whose name matches ``pattern``.
 
-    The pattern's only group is the number of tokens. Lines of one point are left out where any has
-    more.
+    The pattern's only group is the number of tokens. Compressed experts have a line of their own.
     """
     lines: Series = {}
     for record in records:
-        points = []
         for row in timed(record):
             found = re.fullmatch(pattern, row["name"])
             if found:
-                points.append((float(found[1]), 1e3 * row["seconds"]["median"]))
-        if points:
-            lines[short(record["implementation"])] = sorted(points)
-    return lines
+                compressed = row["contract"] == "shared_core_block"
+                name = short(record["implementation"]) + (" (compressed)" if compressed else "")
+                point = (float(found[1]), 1e3 * row["seconds"]["median"])
+                lines.setdefault(name, []).append(point)
+    return {name: sorted(points) for name, points in lines.items()}
 
 
 def roofline(records: Sequence[Record], title: str) -> str:
