@@ -30,6 +30,7 @@ from conformance.harness.attention_checks import (
 )
 from conformance.harness.compare import assert_close_to, assert_identical
 from conformance.harness.failures import ConformanceFailure
+from conformance.harness.gpu_large import LargeCase, assert_large_cache, assert_large_queries
 from conformance.harness.lanes import in_every_lane
 from conformance.harness.requirement import requirement
 
@@ -1439,3 +1440,27 @@ def test_options_combine_over_a_query_block(attention, case):
 def test_everything_combines(attention, case):
     """Every option holds together with every other."""
     assert_matches_oracle(attention, case)
+
+
+# More elements than an int32 counts
+
+WRAPPED_QUERIES = "fla-org/flash-linear-attention#1080"
+WRAPPED_KEYS = "pytorch#190857; vllm-project/vllm#50427"
+LARGE = st.sampled_from([LargeCase("queries"), LargeCase("queries", tokens_first=True)])
+LARGE_CACHE = st.sampled_from(
+    [LargeCase("cache", heads=256), LargeCase("cache", heads=256, tokens_first=True)]
+)
+
+
+@requirement("attention.large.queries", source=WRAPPED_QUERIES, level="extended", gpu=True)
+@given(case=LARGE)
+def test_queries_beyond_int32_offsets(attention, case):
+    """With more than 2^31 elements of queries and output, each row is still that of its query."""
+    assert_large_queries(attention, case)
+
+
+@requirement("attention.large.cache", source=WRAPPED_KEYS, level="extended", gpu=True)
+@given(case=LARGE_CACHE)
+def test_keys_beyond_int32_offsets(attention, case):
+    """With more than 2^31 elements of keys and values, each head still reads its own."""
+    assert_large_cache(attention, case)

@@ -34,6 +34,7 @@ from conformance.harness.experts_checks import (
     assert_split,
     assert_two_runs,
 )
+from conformance.harness.gpu_large import LargeCase, assert_large_tokens
 from conformance.harness.requirement import requirement
 
 GLU = "GLU variants (arXiv 2002.05202)"
@@ -671,3 +672,15 @@ def test_unknown_layouts_are_refused(experts, case):
 def test_unknown_activations_are_refused(experts, case):
     """An activation that there is not raises an exception."""
     assert_refused(experts, case, activation="'swish2'")
+
+
+# More elements than an int32 counts
+
+
+@requirement(
+    "experts.large.tokens", source="linkedin/Liger-Kernel#1248", level="extended", gpu=True
+)
+@given(case=st.just(LargeCase("tokens", heads=1, width=512)))
+def test_tokens_beyond_int32_offsets(experts, case):
+    """With more than 2^31 elements of hidden states each token still has its own output."""
+    assert_large_tokens(experts, case)

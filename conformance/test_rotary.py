@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conformance.harness.compare import assert_close_to
+from conformance.harness.gpu_large import LargeCase, assert_large_rotation
 from conformance.harness.lanes import in_every_lane
 from conformance.harness.requirement import requirement
 from conformance.harness.rotary_cases import (
@@ -727,3 +728,15 @@ def test_layers_without_rotation_change_nothing(rotary, case):
 def test_options_combine(rotary, case):
     """Any options together give what the definition of each of them says."""
     assert_matches_oracle(rotary, case)
+
+
+# More elements than an int32 counts
+
+
+@requirement(
+    "rotary.large.elements", source="linkedin/Liger-Kernel#1342", level="extended", gpu=True
+)
+@given(case=st.sampled_from([LargeCase("rows"), LargeCase("rows", tokens_first=True)]))
+def test_rows_beyond_int32_offsets(rotary, case):
+    """With more than 2^31 elements each row still turns by its own position."""
+    assert_large_rotation(rotary, case)

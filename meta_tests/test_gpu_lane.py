@@ -197,7 +197,7 @@ def test_without_xdist_the_others_do_not_run(tmp_path):
 
 
 def test_without_cuda_nothing_is_drawn_and_the_verdict_says_why(tmp_path):
-    run = on_gpu(tmp_path, simulated=False)
+    run = on_gpu(tmp_path, "--impl", "reference", simulated=False)  # the adapter simulates one
     assert run.status == 6, run.text
     assert run.verdict.startswith("inconclusive: none of"), run.text
     assert run.verdict.endswith("executed: no CUDA device"), run.text

@@ -14,6 +14,7 @@ from test_near_misses_fit import NEAR_FIT
 from test_near_misses_flat import NEAR_FLAT
 from test_near_misses_flat_checkpoints import NEAR_FLAT_CHECKPOINTS
 from test_near_misses_gpt import NEAR_GPT
+from test_near_misses_large import NEAR_LARGE
 from test_near_misses_layout import NEAR_LAYOUT
 from test_near_misses_lm import NEAR_LM
 from test_near_misses_loader import NEAR_LOADER
@@ -33,6 +34,7 @@ REGISTRIES = (
     NEAR_PARALLEL,
     NEAR_LOADER,
     NEAR_LM,
+    NEAR_LARGE,
     NEAR_LAYOUT,
     NEAR_FLAT,
     NEAR_FLAT_CHECKPOINTS,
