@@ -122,6 +122,13 @@ def test_a_file_is_read_as_it_was_written():
     assert read.comparisons == wrote.comparisons == 2
 
 
+def test_a_file_does_not_depend_on_the_order_of_the_run():
+    ids = ["b.c.d", "a.b.c"]
+    entry = recording(0.5).entries[ID]
+    one, other = (Recording(RUN, {id: entry for id in order}) for order in (ids, ids[::-1]))
+    assert one.text() == other.text()
+
+
 def damaged(**changes):
     return json.dumps({**json.loads(recording(0.5).text()), **changes})
 
