@@ -677,3 +677,13 @@ def test_marks_of_a_timer_are_differences_of_events():
 
 def test_workloads_can_be_made_with_another_dtype():
     assert replace(TINY, dtype="float16").name.endswith("float16")
+
+
+def test_reading_records_and_the_page_need_no_torch_and_no_matplotlib():
+    modules = "conformance.benchmarks.page, conformance.benchmarks.__main__"
+    code = f"import sys, {modules}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stdout.split()) & {"torch", "matplotlib", "transformers", "scipy"}

@@ -327,6 +327,21 @@ def test_compiled_code_counts_graphs_and_breaks():
     torch._dynamo.reset()
 
 
+def test_every_workload_is_compiled_however_many_there_are():
+    """torch gives up on a function after a few shapes: eight, by default."""
+    compiled = torch.compile(
+        lambda q, k, v: (q @ k.mT).softmax(-1) @ v, backend="eager", dynamic=False
+    )
+    with torch._dynamo.config.patch(recompile_limit=2):
+        found = [
+            counters(running(prefill(length, length, (2, 2), 8, False, "float32"), compiled))
+            for length in (8, 16, 24, 32)
+        ]
+    assert [each["graphs"] for each in found] == [1] * 4
+    assert len({each["launches"] for each in found}) == 1
+    torch._dynamo.reset()
+
+
 class CompiledKernel:
     """Stands for Triton's class of this name."""
 

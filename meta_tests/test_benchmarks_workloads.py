@@ -80,7 +80,7 @@ def test_globs_select():
     assert len(found) < len(workloads("cuda"))
 
 
-def test_the_issue_s_ranges_are_there():
+def test_shapes_of_real_models_are_there():
     names = [each.name for each in workloads("cuda")]
     for part in (
         *("1024x1024", "4096x4096", "16384x16384", "d64.causal", "d64.full", "d128.full"),

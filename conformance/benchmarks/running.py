@@ -40,6 +40,7 @@ class Running:
         ring: int | None = None,
     ) -> None:
         self.workload, self.method, self.device = workload, method, device
+        forget_compiled()
         self._next_seed = seed * STRIDE
         first = workload.inputs(device, self._seed())
         number = ring or ring_size(bytes_of(first), cache_bytes(device))
@@ -81,16 +82,18 @@ class Running:
         self.workload.check(output, inputs)
 
     def close(self) -> None:
-        """Let go of inputs, outputs, and what was compiled.
-
-        torch compiles a function for a few shapes only, and runs it uncompiled from then on.
-        """
+        """Let go of inputs, outputs, and what was compiled."""
         self.ring, self.calls, self.last = [], [], None
-        if "torch._dynamo" in sys.modules:
-            torch._dynamo.reset()
+        forget_compiled()
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def forget_compiled() -> None:
+    """Forget what torch compiled: it does so for a few shapes of a function, and then no more."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def copied(output: Any) -> Any:
