@@ -123,7 +123,12 @@ def test_new_model_has_its_parameters(flat_shards, case):
     assert_read(flat_shards, case.call(), when="of a new model")
 
 
-@requirement("flat_shards.parameters.of-few-elements", source=FAST_LLM, confusable={"few elements"})
+@requirement(
+    "flat_shards.parameters.of-few-elements",
+    source=FAST_LLM,
+    confusable={"few elements"},
+    several_ranks=True,
+)
 @given(case=flat_cases(tiny=True, unused=st.booleans(), frozen=()))
 def test_ranks_without_elements_read_all_parameters(flat_shards, case):
     """Where a model has fewer elements than would give each rank some, all ranks read all of it."""
@@ -330,14 +335,14 @@ def test_modules_that_share_buffers_compute(flat_shards, case):
 # Gradients
 
 
-@requirement("flat_shards.gradient.mean", source="pytorch/pytorch#162338")
+@requirement("flat_shards.gradient.mean", source="pytorch/pytorch#162338", several_ranks=True)
 @given(case=flat_cases(micro_batches=1))
 def test_gradients_are_means_over_the_ranks(flat_shards, case):
     """Where every rank has data of its own, gradients are means over the ranks."""
     assert_step_gradients(flat_shards, case)
 
 
-@requirement("flat_shards.gradient.of-the-same", source=FAST_LLM)
+@requirement("flat_shards.gradient.of-the-same", source=FAST_LLM, several_ranks=True)
 @given(case=flat_cases(micro_batches=1))
 def test_mean_of_the_same_gradient_is_that_gradient(flat_shards, case):
     """Where every rank has the same data, gradients are those of one rank."""
@@ -412,7 +417,12 @@ def test_missing_gradient_is_an_error_where_it_may_not_be(flat_shards, case):
     assert_missing_gradient_named(flat_shards, case)
 
 
-@requirement("flat_shards.gradient.missing-on-some-ranks", source=FAST_LLM, level="extended")
+@requirement(
+    "flat_shards.gradient.missing-on-some-ranks",
+    source=FAST_LLM,
+    level="extended",
+    several_ranks=True,
+)
 @given(case=flat_cases(ranks=FEW, unused=True, sometimes=True, frozen=(), micro_batches=1, steps=1))
 def test_every_rank_says_that_one_has_no_gradient(flat_shards, case):
     """With ``allow_no_grad=False`` a gradient that is missing on one rank is named on every rank."""
@@ -454,7 +464,9 @@ def test_modules_that_share_buffers_have_gradients(flat_shards, case):
 # Clipping
 
 
-@requirement("flat_shards.clip.global-norm", source="torch.nn.utils.clip_grad_norm_")
+@requirement(
+    "flat_shards.clip.global-norm", source="torch.nn.utils.clip_grad_norm_", several_ranks=True
+)
 @given(case=flat_cases())
 def test_norm_is_that_of_all_gradients(flat_shards, case):
     """Clipping gives the norm of all ranks' gradients together, the same on every rank."""
@@ -479,6 +491,7 @@ def test_small_gradients_are_not_scaled(flat_shards, case):
     "flat_shards.clip.few-elements",
     source="torch.nn.utils.clip_grad_norm_",
     confusable={"few elements"},
+    several_ranks=True,
 )
 @given(case=flat_cases(tiny=True, frozen=()))
 def test_norm_of_ranks_without_elements(flat_shards, case):
@@ -517,7 +530,12 @@ def test_one_rank_trains(flat_shards, case):
     assert_trained(flat_shards, case.call())
 
 
-@requirement("flat_shards.step.few-elements", source="torch.optim.SGD", confusable={"few elements"})
+@requirement(
+    "flat_shards.step.few-elements",
+    source="torch.optim.SGD",
+    confusable={"few elements"},
+    several_ranks=True,
+)
 @given(case=flat_cases(tiny=True, frozen=(), optimizer=st.sampled_from([SGD, ADAMW])))
 def test_ranks_without_elements_take_steps(flat_shards, case):
     """Where most ranks have no element, steps are those of one process."""
@@ -545,7 +563,7 @@ def test_every_row_of_a_tied_parameter_trains(flat_shards, case):
     assert_trained(flat_shards, case.call())
 
 
-@requirement("flat_shards.step.ranks-agree", source=FAST_LLM)
+@requirement("flat_shards.step.ranks-agree", source=FAST_LLM, several_ranks=True)
 @given(case=flat_cases(ranks=FEW, optimizer=st.just(ADAMW)))
 def test_ranks_read_the_same_after_steps(flat_shards, case):
     """After steps every rank reads the same bits."""
@@ -777,21 +795,26 @@ def kinds(number):
     return extras(kind=st.integers(0, number - 1))
 
 
-@requirement("flat_shards.checkpoint.any-ranks", source=FAST_LLM, smoke=True)
+@requirement("flat_shards.checkpoint.any-ranks", source=FAST_LLM, smoke=True, several_ranks=True)
 @given(case=checkpoint_cases(tied=False, frozen=()))
 def test_checkpoint_is_read_by_any_number_of_ranks(flat_shards, case):
     """What some ranks saved, any number of ranks load, bit for bit and whole on every rank."""
     assert_round_trip(flat_shards, case)
 
 
-@requirement("flat_shards.checkpoint.all-worlds", source=FAST_LLM)
+@requirement("flat_shards.checkpoint.all-worlds", source=FAST_LLM, several_ranks=True)
 @given(case=small_cases(((1, 1), (2, 1), (3, 1), (4, 1))))
 def test_every_pair_of_worlds_fits(flat_shards, case):
     """A checkpoint of one, two, three or four ranks is loaded by one, two, three and four."""
     assert_round_trip(flat_shards, case, onto=(1, 2, 3, 4))
 
 
-@requirement("flat_shards.checkpoint.few-elements", source=FAST_LLM, confusable={"few elements"})
+@requirement(
+    "flat_shards.checkpoint.few-elements",
+    source=FAST_LLM,
+    confusable={"few elements"},
+    several_ranks=True,
+)
 @given(case=checkpoint_cases(tiny=True, frozen=(), unused=st.booleans()))
 def test_ranks_without_elements_save_and_load(flat_shards, case):
     """A model that leaves some ranks without any element is saved and loaded as any other."""
@@ -812,7 +835,7 @@ def test_frozen_parameters_are_in_the_checkpoint(flat_shards, case):
     assert_round_trip(flat_shards, case)
 
 
-@requirement("flat_shards.checkpoint.back-again", source=FAST_LLM)
+@requirement("flat_shards.checkpoint.back-again", source=FAST_LLM, several_ranks=True)
 @given(case=checkpoint_cases(optimizer=EITHER))
 def test_detour_over_other_ranks_changes_nothing(flat_shards, case):
     """Loaded and saved on other ranks, then loaded on the first: it trains on, bit for bit."""
@@ -958,7 +981,9 @@ def test_crash_while_saving_keeps_a_checkpoint(flat_shards, case):
     assert_survives(flat_shards, case)
 
 
-@requirement("flat_shards.checkpoint.rank-dies", source=FAST_LLM, level="extended")
+@requirement(
+    "flat_shards.checkpoint.rank-dies", source=FAST_LLM, level="extended", several_ranks=True
+)
 @given(case=small_cases(((2, 2),), steps=3, optimizer=ADAMW, extra=DEATHS))
 def test_death_of_a_rank_while_saving_keeps_a_checkpoint(flat_shards, case):
     """When one rank of several ends in a save, the directory holds the checkpoint before or after."""
@@ -986,7 +1011,12 @@ def test_directory_without_checkpoint_is_refused(flat_shards, case):
     assert_refused_or_whole(flat_shards, case, WHOLE_DAMAGES)
 
 
-@requirement("flat_shards.checkpoint.refuses-exchanged", source=FAST_LLM, level="extended")
+@requirement(
+    "flat_shards.checkpoint.refuses-exchanged",
+    source=FAST_LLM,
+    level="extended",
+    several_ranks=True,
+)
 @given(case=small_cases(((2, 2), (3, 1)), extra=kinds(len(PLACE_DAMAGES))))
 def test_file_of_another_rank_is_refused(flat_shards, case):
     """Files of one size in each other's place raise on every rank, or change nothing."""

@@ -73,7 +73,7 @@ def dirty_memory(call: Call) -> Iterator[None]:
     case: ExpertsCase = call.case
     rows = case.tokens * max(case.slots, 1)
     for width in (case.hidden, case.intermediate, 2 * case.intermediate):
-        torch.full((rows, width), torch.nan, dtype=call.dtype)
+        torch.full((rows, width), torch.nan, dtype=call.dtype, device=call.named("hidden").device)
     with uninitialised_memory_is_nan(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of operations that are not deterministic
         yield

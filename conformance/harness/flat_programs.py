@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,16 +96,29 @@ class Program:
     def run(self, flat_shards: Subject, *want: str) -> list[dict[str, Any]]:
         """The variables that are asked for, by name, of every rank."""
         load_optimizers()
-        with self.failing():
+        shown = self.on_device(flat_shards.device)
+        with shown.failing():
             return on_ranks(
                 flat_shards,
                 self.case.ranks,
                 run_program,
-                self.call.lines,
-                self.call.options,
-                self.lines,
+                shown.call.lines,
+                shown.call.options,
+                shown.lines,
                 want,
             )
+
+    def on_device(self, device: str) -> Program:
+        """The same program of a model and batches on a device."""
+        if device == "cpu":
+            return self
+        to = f".to('{device}')"
+        moved = (
+            f"for m in modules: m{to}",
+            f"inputs, upstream = ([[x{to} for x in each] for each in of] for of in (inputs, upstream))",
+            f"r = lambda *shape, made=r: made(*shape){to}",
+        )
+        return replace(self, call=self.call.then(*moved))
 
     @contextmanager
     def failing(self) -> Iterator[None]:

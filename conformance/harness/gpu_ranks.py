@@ -8,6 +8,7 @@ not run; one rank is a group as well.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conformance.harness import gpu_lane
 from conformance.harness.failures import ConformanceFailure, NotRun
@@ -139,14 +140,17 @@ def spawned(subject: Subject, rank: int, ranks: int, folder: Path) -> Worker:
 
 def moved(value: Any, device: str) -> Any:
     """The same arguments or results with every tensor on ``device``."""
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, nn.Module)):
         return value.to(device)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(moved(each, device) for each in value))
     if isinstance(value, (list, tuple)):
         return type(value)(moved(each, device) for each in value)
-    if type(value) is dict:
-        return {name: moved(each, device) for name, each in value.items()}
+    if isinstance(value, dict):  # of any type: what else it knows stays
+        there = copy.copy(value)
+        for name, each in value.items():
+            there[name] = moved(each, device)
+        return there
     if is_dataclass(value) and not isinstance(value, type):
         changed = {each.name: getattr(value, each.name) for each in fields(value) if each.init}
         return replace(value, **{name: moved(each, device) for name, each in changed.items()})

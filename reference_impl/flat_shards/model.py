@@ -15,6 +15,8 @@ from reference_impl.flat_shards.stage import Stage, StageCall, parameter_metas
 from reference_impl.flat_shards.unit import FlatUnit
 from reference_impl.ranks import OneRank, Ranks
 
+CPU = torch.device("cpu")
+
 
 class MultiStageModel:
     """Modules that follow one another, whose parameters are flat shards.
@@ -138,6 +140,12 @@ class MultiStageModel:
         """The shards that a checkpoint has."""
         return tuple(name for name in self.shard_names if name != ShardName.grads)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the shards are: where the modules' parameters were; the CPU without any."""
+        found = self._flat_shard if self._flat_shard is not None else None
+        return next((x.device for x in (found, *self._initial.values()) if x is not None), CPU)
+
     def shard_length(self, shard_name: str) -> int:
         """Elements of a shard on each rank; before it is set up, too."""
         known = (ShardName.weights, *self.optimizer_state_names, ShardName.grads)
@@ -155,7 +163,7 @@ class MultiStageModel:
             raise ValueError(f"the shards of one model have one dtype, found {found}")
         total = sum(self.shard_length(name) for name in self.shard_names)
         dtype = dtypes.pop() if dtypes else self.precision.optimization_dtype
-        self._flat_shard = torch.zeros(total, dtype=dtype)
+        self._flat_shard = torch.zeros(total, dtype=dtype, device=self.device)
         per_unit: dict[str, dict[str, Tensor]] = {unit.name: {} for unit in self.units}
         place = 0
         for shard_name in self.shard_names:
@@ -190,7 +198,8 @@ class MultiStageModel:
             for trainable in (True, False):
                 units = [u for stage in group for u in stage.units if u.trainable is trainable]
                 size = max((unit.layout.buffer_size for unit in units), default=0)
-                buffer = torch.zeros(size, dtype=self.precision.compute_dtype)
+                dtype = self.precision.compute_dtype
+                buffer = torch.zeros(size, dtype=dtype, device=self.device)
                 buffers |= {unit.name: buffer for unit in units}
         return buffers
 

@@ -108,7 +108,7 @@ def gradient_norm(model: MultiStageModel) -> float:
 
     Parameters that tensor-parallel ranks all hold are counted on the first of them.
     """
-    squares = torch.zeros((), dtype=torch.float64)
+    squares = torch.zeros((), dtype=torch.float64, device=model.device)
     for unit in model.units:
         if not unit.trainable:
             continue

@@ -25,7 +25,8 @@ def cut(
         ranks = f"{layout.tensor_ranks} tensor-parallel ranks"
         raise ValueError(f"tensor-parallel rank {tensor_rank} is not one of {ranks}")
     check_same_parameters(list(values), layout.names)
-    shard = torch.zeros(layout.shard_size, dtype=common_dtype(values))
+    device = next((value.device for value in values.values()), None)
+    shard = torch.zeros(layout.shard_size, dtype=common_dtype(values), device=device)
     for name in layout.names:
         begin, end = layout.range_in_shard(name, rank)
         shard[begin:end] = part_in_shard(layout, name, values[name], rank, tensor_rank)

@@ -110,7 +110,8 @@ class FlatUnit:
     def _buffer(self, what: str, given: Tensor | None, dtype: torch.dtype) -> Tensor:
         size = self.layout.buffer_size
         if given is None:
-            return torch.zeros(size, dtype=dtype)
+            device = next((shard.device for shard in self.shards.values()), None)
+            return torch.zeros(size, dtype=dtype, device=device)
         self._check_tensor(what, given[:size], size, dtype)
         return given[:size]
 
