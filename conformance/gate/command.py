@@ -157,6 +157,7 @@ def result_of(
             f"{session.comparisons} comparisons, {session.expected_false_flags:.2g} false flags "
             f"expected at most; {session.pairs} process pairs of benchmarks"
         )
+        notes += [session.advice] if session.advice else []
     notes += drift(pairs.anchors)
     if options.slow_head:
         notes.append(f"the head was delayed by {100 * options.slow_head:g} % on purpose")
