@@ -189,7 +189,8 @@ class TorchDTensor:
         if ranks == 1:
             return ShardedByTorch(module, names)
         size = group_size or ranks
-        mesh = init_device_mesh("cpu", (ranks // size, size), mesh_dim_names=("groups", "ranks"))
+        device = next(module.parameters()).device.type
+        mesh = init_device_mesh(device, (ranks // size, size), mesh_dim_names=("groups", "ranks"))
         return ShardedByTorch(parallelize_module(module, mesh["ranks"], plan), names)
 
 

@@ -153,8 +153,8 @@ class TorchFSDP2:
         """See :class:`conformance.contracts.FlatShards`."""
         if not dist.is_initialized():
             raise NotImplementedError("fully_shard needs a process group")
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         model = nn.Sequential(*modules)
+        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
         if not training:
             model.requires_grad_(False)
         if any(parameter.ndim == 0 for parameter in model.parameters()):
