@@ -237,8 +237,22 @@ def test_attention_oracle_is_torch_s_own():
     many = (x.expand(3, -1, -1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, *many, attn_mask=mask)
     expected = [out, *torch.autograd.grad(out, (q, k, v), gradient)]
-    for found, right in zip(oracle(q, k, v, gradient, causal=True), expected, strict=True):
+    given = oracle(q, k, v, gradient, causal=True)
+    for (found, terms), right in zip(given, expected, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+        assert terms.shape == found.shape[:-1]
+        assert bool((found.norm(dim=-1) < 10 * terms).all())
+
+
+def test_the_size_of_terms_does_not_cancel():
+    """A query with one key has a gradient of zero: a difference of two numbers that are not."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, gradient = (torch.randn(1, 6, 4, generator=g, dtype=torch.float64) for _ in range(4))
+    _, (dq, terms), *_ = oracle(q, k[0], v[0], gradient, causal=True)
+    assert float(dq[0, 0].abs().max()) < 1e-12
+    products = gradient[0, 0] * v[0, 0]
+    size = 2 * (products.sum() ** 2 + products.square().sum()).sqrt() * k[0, 0].norm() * 4**-0.5
+    torch.testing.assert_close(terms[0, 0], size)
 
 
 def test_reconstruction_is_the_reference_s():

@@ -128,9 +128,10 @@ class AttentionWorkload(Workload):
                 causal=self.causal,
             )
             found = [part[row, own if index < 2 else group] for index, part in enumerate(parts)]
-            for index, (what, part, right) in enumerate(zip(wanted, found, expected)):
+            for index, (what, part, (right, terms)) in enumerate(zip(wanted, found, expected)):
                 factor = GRADIENT_FACTOR if index else 1.0
-                self.check_rows(f"{what} ({row}, {group})", part, right, factor=factor)
+                where = f"{what} ({row}, {group})"
+                self.check_rows(where, part, right, terms=terms, factor=factor)
 
     def sample(self, inputs: Inputs) -> set[tuple[int, int]]:
         """Places (row of the batch, key/value head) that are compared; one depends on the inputs."""
@@ -141,17 +142,22 @@ class AttentionWorkload(Workload):
 
 def oracle(
     q_HQD: Tensor, k_KD: Tensor, v_KD: Tensor, gradient_HQD: Tensor | None, *, causal: bool
-) -> list[Tensor]:
+) -> list[tuple[Tensor, Tensor]]:
     """The output of one key/value head's queries in float64, and the gradients of q, k and v.
 
     ``q_HQD`` [heads, queries, width], ``k_KD`` and ``v_KD`` [keys, width]; the last query is at the
     last key. Without ``gradient_HQD`` the list has the output alone. By chunks of queries, as the
     scores of long inputs would not fit.
+
+    Each comes with the size of what its rows are sums of, the root of the sum of their squares: a
+    row that is small because its terms cancel (the gradient of a query with one key is zero), or a
+    product in it does, is as far off as they are.
     """
     q, k, v = (x.detach().double() for x in (q_HQD, k_KD, v_KD))
     scale = q.shape[-1] ** -0.5
-    out, dq = torch.empty_like(q), torch.zeros_like(q)
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    q2, k2, v2 = (x.square().sum(-1) for x in (q, k, v))
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
+    of_out, of_dq, of_dk, of_dv = (torch.zeros_like(x) for x in (q2, q2, k2, v2))
     keys = torch.arange(len(k), device=q.device)
     for head in range(len(q)):
         for begin in range(0, q.shape[1], CHUNK):
@@ -162,16 +168,25 @@ def oracle(
                 scores.masked_fill_(keys > at[:, None], -torch.inf)
             weights = scores.softmax(-1)
             out[head, rows] = weights @ v
+            of_out[head, rows] = weights.square() @ v2
             if gradient_HQD is None:
                 continue
             gradient = gradient_HQD[head, rows].double()
             d_weights = gradient @ v.mT
             mean = (gradient * out[head, rows]).sum(-1, keepdim=True)
-            d_scores = weights * (d_weights - mean)
-            dq[head, rows] = d_scores @ k * scale
-            dk += d_scores.mT @ q[head, rows] * scale
+            d_scores = weights * (d_weights - mean) * scale
+            sizes = (d_weights.square() + gradient.square() @ v.square().mT).sqrt()
+            products2 = (gradient * out[head, rows]).square().sum(-1, keepdim=True)
+            sizes += (mean.square() + products2).sqrt()
+            terms2 = (weights * sizes * scale).square()
+            dq[head, rows], of_dq[head, rows] = d_scores @ k, terms2 @ k2
+            dk += d_scores.mT @ q[head, rows]
+            of_dk += terms2.mT @ q2[head, rows]
             dv += weights.mT @ gradient
-    return [out] if gradient_HQD is None else [out, dq, dk, dv]
+            of_dv += weights.square().mT @ gradient.square().sum(-1)
+    found = [(out, of_out), (dq, of_dq), (dk, of_dk), (dv, of_dv)]
+    number = 1 if gradient_HQD is None else 4
+    return [(value, squares.sqrt()) for value, squares in found[:number]]
 
 
 def prefill(
