@@ -113,7 +113,12 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def _on_gpu(config: pytest.Config) -> bool:
-    return "gpu" in (config.getoption("markexpr", "") or "")
+    expression = config.getoption("markexpr", "") or ""
+    if "gpu" not in expression:
+        return False
+    from conformance.harness.gpu_isolation import names_gpu
+
+    return names_gpu(expression)
 
 
 @pytest.hookimpl(tryfirst=True)  # before Hypothesis's own plugin loads the profile by its name
@@ -218,7 +223,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     requirement = _requirement(metafunc)
     if requirement is None or "conformance_device" not in metafunc.fixturenames:
         return
-    from conformance.harness.session import names_gpu
+    from conformance.harness.gpu_isolation import names_gpu
 
     cuda = pytest.param("cuda", marks=pytest.mark.gpu)
     if not requirement.on_device:

@@ -109,9 +109,19 @@ ANY_DEVICES = {
 MADE_FOR_HOST = {Tensor.untyped_storage, Tensor.data_ptr, Tensor.__repr__, Tensor.__format__}
 
 
+KNOWN = (Tensor, torch.nn.Parameter, OnDevice)
+
+
 def called(function, args, kwargs):
     """What ``function`` gives, where its tensors are where they say."""
     flat = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+    for each in flat:
+        if (
+            type(each) not in KNOWN
+            and type(each).__torch_function__ is not Tensor.__torch_function__
+        ):
+            with Simulation():  # it knows what to do, as torch's CausalBias does
+                return type(each).__torch_function__(function, (type(each),), args, kwargs)
     ours = any(isinstance(each, OnDevice) for each in flat)
     device, args, kwargs = without_device(function, args, kwargs)
     if not ours and not is_cuda(device):

@@ -7,6 +7,7 @@ import sys
 import pytest
 from command_line import ROOT, Run, environment
 
+from conformance.contracts import CONTRACTS
 from conformance.harness import gpu_isolation
 
 ADAPTER = """
@@ -202,3 +203,26 @@ def test_without_cuda_nothing_is_drawn_and_the_verdict_says_why(tmp_path):
     assert run.verdict.startswith("inconclusive: none of"), run.text
     assert run.verdict.endswith("executed: no CUDA device"), run.text
     assert {record["drawn"] for record in records(run).values()} == {0}
+
+
+def test_every_contract_runs_on_the_device(tmp_path):
+    """The few requirements of ``--smoke``, one or more a contract, on one GPU that is simulated."""
+    variables = environment(installed=False)
+    variables["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "meta_tests")))
+    command = [sys.executable, "-m", "pytest", "-p", "simulated_device", "-m", "gpu", "--smoke"]
+    command += ["-n0", "-p", "no:cacheprovider", "--conformance-report", str(tmp_path / "out")]
+    command += ["--conformance-timeout", "300"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=LONGEST,
+        check=False,
+    )
+    run = Run(done.returncode, done.stdout, done.stderr, tmp_path)
+    ended = {(each["contract"], each["outcome"]) for each in records(run).values()}
+    assert {outcome for _, outcome in ended} <= {"pass", "not_run", "inconclusive"}, run.text
+    passed = {contract for contract, outcome in ended if outcome == "pass"}
+    assert passed == {name for name, each in CONTRACTS.items() if each.on_device}, run.text

@@ -1,5 +1,6 @@
 """The parts of the GPU lane that need no device: what is lost, what is moved, and what is told."""
 
+import datetime
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from command_line import ROOT, environment
 
 from conformance.contracts import CONTRACTS
-from conformance.harness import gpu_isolation, gpu_lane, gpu_ranks, records
+from conformance.harness import gpu_isolation, gpu_lane, gpu_large, gpu_ranks, ledger, records
 from conformance.harness.failures import ConformanceFailure, NotRun
 from conformance.harness.flat_subject import ByName
 from conformance.harness.parallel_cases import LayerCase
@@ -238,3 +239,58 @@ def test_simulated_device_is_as_strict_as_a_real_one():
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+# Known failures
+
+FAILS = {
+    "requirement": "rotary.layout.half",
+    "reason": "one kernel ignores it",
+    "issue": "example/repo#1",
+    "expires": datetime.date(2030, 6, 1),
+}
+
+
+def entries(*devices):
+    tables = [FAILS | ({} if device is None else {"device": device}) for device in devices]
+    return ledger.parse_entries(tables, "pyproject.toml", "known_failures")
+
+
+def known_on(device, *devices):
+    found = ledger.select(entries(*devices), "mine", ["rotary.layout.half"], list, device)
+    return [entry.device for entry in found.values()]
+
+
+def test_a_known_failure_can_be_of_one_device():
+    assert known_on("cuda", "cpu") == []
+    assert known_on("cpu", "cpu") == ["cpu"]
+    assert known_on("cuda", None) == [None]
+    assert known_on("cuda", "cpu", "cuda") == ["cuda"]
+
+
+def test_a_known_failure_of_an_unknown_device_is_refused():
+    with pytest.raises(ledger.LedgerError, match="key 'device' must be 'cpu' or 'cuda'"):
+        entries("gpu")
+
+
+def test_a_known_failure_twice_for_a_device_is_refused():
+    with pytest.raises(ledger.LedgerError, match="repeats"):
+        known_on("cpu", None, "cpu")
+
+
+def test_large_case_without_the_memory_is_not_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+    with pytest.raises(NotRun, match=r"needs 67\.2 GiB on the device, of which 1\.0 are free"):
+        gpu_large.need_memory(gpu_large.LargeCase("queries"), "cuda")
+
+
+def test_running_out_of_memory_in_a_large_case_is_not_a_failure(monkeypatch):
+    monkeypatch.setattr(gpu_large, "BOUNDARY", [2**14])
+
+    def attention(q, k, v):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(NotRun, match="takes more than"):
+        gpu_large.assert_large_queries(
+            Subject("attention", attention), gpu_large.LargeCase("queries")
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -39,7 +40,7 @@ def arrange(config: pytest.Config) -> None:
         return
     gpu_lane.before_cuda_starts()
     option = config.option
-    if not config.pluginmanager.hasplugin("dsession") and not hasattr(option, "numprocesses"):
+    if not hasattr(option, "numprocesses"):  # without pytest-xdist
         return
     alone = option.numprocesses is None and not option.tx and option.dist == "no"
     told = option.collectonly or option.usepdb
@@ -47,6 +48,11 @@ def arrange(config: pytest.Config) -> None:
         option.numprocesses = 1
     if option.numprocesses and option.maxworkerrestart is None:
         option.maxworkerrestart = str(ENOUGH * len(CONTRACTS) + SPARE)
+
+
+def names_gpu(mark_expression: str) -> bool:
+    """Whether ``-m`` asks for the mark gpu, rather than for its absence."""
+    return bool(re.search(r"(?<!not )\bgpu\b", mark_expression or ""))
 
 
 def asks_for_suite(config: pytest.Config) -> bool:

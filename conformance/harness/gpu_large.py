@@ -131,12 +131,12 @@ def need_memory(case: LargeCase, device: str) -> None:
 def run_large(subject: Subject, call: Call) -> tuple[Tensor, list[Any]]:
     """The output and the arguments of a call whose tensors are kept nowhere else."""
     namespace: dict[str, Any] = {"torch": torch}
-    exec(compile("\n".join(call.lines), "<reproduction>", "exec"), namespace)
-    arguments = [namespace[name] for name in call.arguments]
     try:
+        exec(compile("\n".join(call.lines), "<reproduction>", "exec"), namespace)
+        arguments = [namespace[name] for name in call.arguments]
         with failing_at(call):
             output = subject(*arguments)
-    except ConformanceFailure as failure:
+    except (ConformanceFailure, torch.OutOfMemoryError) as failure:
         if any(map(gpu_lane.is_out_of_memory, gpu_lane.chain_of(failure))):
             gpu_lane.free_memory()
             needed = call.case.elements * BYTES_PER_ELEMENT / 2**30

@@ -26,7 +26,9 @@ from conformance.harness.records import (
 from conformance.harness.resolve import close
 
 NEEDED = {"requirement": str, "reason": str, "issue": str, "expires": datetime.date}
-OPTIONAL = {"kind": str, "looks_like": str, "implementation": str}
+OPTIONAL = {"kind": str, "looks_like": str, "implementation": str, "device": str}
+
+DEVICES = ("cpu", "cuda")
 
 BUNDLED_FILE = Path(__file__).resolve().parents[1] / "implementations" / "known_failures.toml"
 
@@ -49,6 +51,8 @@ class Entry:
     """Id of the planted bug that fails in the same way."""
     implementation: str | None = None
     """The implementation that the entry is about; None for whichever is tested."""
+    device: str | None = None
+    """The device that the requirement fails on; None for any."""
     where: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -87,6 +91,8 @@ def _entry(table: object, where: str) -> Entry:
             raise LedgerError(f"{where}: key {key!r} must be {wanted}, not {value!r}")
         if isinstance(value, str) and not value.strip():
             raise LedgerError(f"{where}: key {key!r} is empty")
+    if table.get("device") not in (None, *DEVICES):
+        raise LedgerError(f"{where}: key 'device' must be {' or '.join(map(repr, DEVICES))}")
     return Entry(**table, where=where)
 
 
@@ -113,14 +119,16 @@ def select(
     implementation: str,
     slugs: Iterable[str],
     bugs: Callable[[], Iterable[str]],
+    device: str = "cpu",
 ) -> dict[str, Entry]:
-    """The entries that are about ``implementation``, by slug, checked against what there is.
+    """The entries that are about ``implementation`` on ``device``, by slug.
 
+    All entries are checked against what there is.
     ``bugs`` gives the ids of the planted bugs; it is called only where an entry names one.
     """
     slugs = list(slugs)
     by_slug: dict[str, Entry] = {}
-    seen: dict[tuple[str, str | None], Entry] = {}
+    seen: dict[tuple[str, str | None, str | None], Entry] = {}
     for entry in entries:
         if entry.requirement not in slugs:
             raise LedgerError(
@@ -134,11 +142,13 @@ def select(
                     f"{entry.where}: key 'looks_like': there is no planted bug {entry.looks_like!r}"
                     f"{close(entry.looks_like, known)}"
                 )
-        same = (entry.requirement, entry.implementation)
+        same = (entry.requirement, entry.implementation, entry.device)
         if same in seen:
             raise LedgerError(f"{entry.where} repeats {seen[same].where}")
         seen[same] = entry
         if entry.implementation not in (None, implementation):
+            continue
+        if entry.device not in (None, device):
             continue
         if entry.requirement in by_slug:
             raise LedgerError(f"{entry.where} repeats {by_slug[entry.requirement].where}")

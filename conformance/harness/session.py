@@ -12,7 +12,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +23,7 @@ import pytest
 from conformance.harness import gpu_isolation, gpu_lane, ledger, records, report, verdict
 from conformance.harness.environment import describe_environment, describe_implementation
 from conformance.harness.failures import ConformanceFailure, NotOffered, NotRun
+from conformance.harness.gpu_isolation import names_gpu
 from conformance.harness.numerics import NumericsError, entry_of, made_by
 from conformance.harness.numerics_run import ATTRIBUTE, NumericsRun
 from conformance.harness.resolve import CannotResolve, Resolved, from_fixture, resolve
@@ -55,11 +55,6 @@ def requirement_of(item: object) -> Requirement | None:
     return found if isinstance(found, module.Requirement) else None
 
 
-def names_gpu(mark_expression: str) -> bool:
-    """Whether ``-m`` asks for the mark gpu, rather than for its absence."""
-    return bool(re.search(r"(?<!not )\bgpu\b", mark_expression or ""))
-
-
 class Runner:
     """Resolves the implementation, gives it to the requirements, and records how each ended."""
 
@@ -70,7 +65,8 @@ class Runner:
         """What each selected item is, by its node id."""
         self.settings = Settings()
         self.resolved: Resolved | None = None
-        self.known: dict[str, ledger.Entry] = {}
+        self.known: dict[str, dict[str, ledger.Entry]] = {}
+        """Known failures by device and slug."""
         self.explicit = False
         self.lost: str | None = None
         """How this process lost the GPU."""
@@ -105,7 +101,10 @@ class Runner:
         profile, seed = self._activate_profile()
         implementation = self._choose(session, chosen)
         entries = [*self.settings.known_failures, *ledger.bundled_entries()]
-        self.known = ledger.select(entries, implementation["name"], suite, _planted_ids)
+        self.known = {
+            device: ledger.select(entries, implementation["name"], suite, _planted_ids, device)
+            for device in ledger.DEVICES
+        }
         self.items = planned_items(chosen)
         gpu = names_gpu(self.config.getoption("markexpr", ""))
         head = report.header(
@@ -208,7 +207,10 @@ class Runner:
     def entry_of(self, item: pytest.Item) -> ledger.Entry | None:
         """The known failure that an item is about."""
         found = requirement_of(item)
-        return self.known.get(found.slug) if found is not None else None
+        planned = self.items.get(item.nodeid)
+        if found is None or planned is None:
+            return None
+        return self.known[planned["device"]].get(found.slug)
 
     def stop_if_lost(self, item: pytest.Item) -> None:
         """Raise NotRun where a requirement on a GPU cannot run any more."""
@@ -249,7 +251,7 @@ class Runner:
             tally=found.last_tally if call.when == "call" else None,
             error=error,
         )
-        entry = self.known.get(found.slug)
+        entry = self.entry_of(item)
         if entry is not None:
             self._settle(found, entry, record)
         _show(result, record, error, item)
