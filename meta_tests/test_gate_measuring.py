@@ -83,7 +83,7 @@ class Worker:
                 raise planned[1]
         return getattr(self, name)(**arguments)
 
-    def open(self, benchmark, seed):
+    def open(self, benchmark, seed, check):
         pass
 
     close = check = lambda self: None
@@ -146,6 +146,22 @@ def test_the_sides_of_a_pair_have_the_same_inputs_and_no_other_pair_has_them():
     assert len({seed for _, seed in seeds}) == 4
     turns = {(w.number, request["turn"]) for w, b, request in machine.timed() if b == "decode"}
     assert {turn for _, turn in turns} == {0}
+
+
+def test_outputs_of_base_and_head_are_checked_before_and_after_timing():
+    machine = Machine()
+    pairs = pairs_of(machine)
+    names = pairs.prepare(["decode"])
+    machine.log.clear()
+    pairs(names, pairs=1, rounds=1, stage="screen")
+    asked = [request["do"] for _, _, request in machine.log]
+    assert asked == ["open"] * 3 + ["time"] * 4 + ["check"] * 2 + ["close"] * 3
+    checked = [
+        worker.side.implementation
+        for worker, _, request in machine.log
+        if request["do"] == "check" or request.get("check")
+    ]
+    assert sorted(checked) == ["new", "new", "old", "old"]
 
 
 def test_the_other_side_is_first_in_the_confirmation():

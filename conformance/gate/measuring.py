@@ -39,6 +39,8 @@ TOO_SHORT = {"cuda": 20e-6}
 STALLED = 3.0
 """A launch of that many times the median of its round is counted as a stall."""
 
+CHECKED = (BASE, HEAD)
+"""Whose outputs are held against the oracle in every pair; the control is the base once more."""
 COMPARED = (HEAD, CONTROL, SLOWED)
 """What is held against the base."""
 LOST, TOO_SHORT_KIND = "process died or hung", "too short"
@@ -226,7 +228,7 @@ class ProcessPairs:
                 clocks = [timed[side]["sm_clock"] for side in (HEAD, BASE)]
                 if all(clocks):
                     cycles.append(ratios[HEAD][-1] + math.log(clocks[0] / clocks[1]))
-            asked_all(workers, "check")
+            asked_all(checked(workers), "check")
         if len(cycles) == rounds:
             self.found[benchmark].cycles.append(cycles)
         return ratios
@@ -314,7 +316,11 @@ class Trio:
 @contextmanager
 def opened(workers: Mapping[str, WorkerProcess], benchmark: str, seed: int) -> Iterator[None]:
     """Workers with a benchmark open; :class:`Unusable` where one refuses it."""
-    asked_all(workers, "open", benchmark=benchmark, seed=seed)
+    given = {"benchmark": benchmark, "seed": seed}
+    for side, worker in workers.items():
+        with _refusals_of(side):
+            worker.request("open", **given, check=side in CHECKED)
+    answers_of(workers)
     yield
     asked_all(workers, "close")
 
@@ -327,6 +333,16 @@ def asked_all(workers: Mapping[str, WorkerProcess], name: str, **arguments: Any)
     for side, worker in workers.items():
         with _refusals_of(side):
             worker.request(name, **arguments)
+    return answers_of(workers)
+
+
+def checked(workers: Mapping[str, WorkerProcess]) -> dict[str, WorkerProcess]:
+    """Those whose outputs are held against the oracle."""
+    return {side: worker for side, worker in workers.items() if side in CHECKED}
+
+
+def answers_of(workers: Mapping[str, WorkerProcess]) -> dict[str, Any]:
+    """The answers of all workers to what each was asked last; see :func:`asked_all`."""
     answers: dict[str, Any] = {}
     refused: list[Unusable] = []
     for side, worker in workers.items():
