@@ -107,6 +107,16 @@ def test_a_row_beside_its_anchor():
     assert row["seconds"]["number"] <= 6
 
 
+def test_a_call_that_cannot_be_counted_is_timed_all_the_same(monkeypatch):
+    def broken(running):
+        raise NotImplementedError("no rule\nfor this")
+
+    monkeypatch.setattr(measuring, "counters", broken)
+    row = bench().row(TINY, "torch-sdpa", TorchSDPA())
+    assert row["status"] == rows.TIMED
+    assert row["counters"] == {"uncounted": "NotImplementedError: no rule for this"}
+
+
 def test_the_anchor_itself_has_none():
     row = bench().row(TINY, "torch-sdpa", TorchSDPA())
     assert row["status"] == rows.TIMED
@@ -552,6 +562,13 @@ def test_records_of_one_machine_stand_together_gpus_first(gpu_records):
 def test_a_cut_record_says_so():
     cut = {**made_record(every=[TINY]), "complete": False}
     assert "cut short" in pages.page([cut])[0]
+
+
+def test_a_busy_machine_is_told():
+    record = made_record(every=[TINY])
+    assert pages.BUSY_NOTE not in pages.page([record])[0]
+    record["ceilings"]["end"] = {**record["ceilings"]["end"], "copy": 1e12}
+    assert pages.BUSY_NOTE in pages.page([record])[0]
 
 
 def test_page_and_plots_are_the_same_twice(gpu_records, gpu_page):

@@ -16,6 +16,7 @@ from conformance.benchmarks.experts_workloads import ExpertsWorkload, Shape
 from conformance.benchmarks.running import Running
 from conformance.implementations.grouped_experts import TorchGroupedExperts
 from conformance.implementations.reference import Reference
+from conformance.implementations.torch_flex import TorchFlex
 from conformance.implementations.torch_sdpa import TorchSDPA, TorchSDPAMath
 
 TINY = prefill(64, 32, (4, 2), 16, True, "float32")
@@ -240,8 +241,9 @@ def running(workload, method):
         (prefill(32, 32, (4, 2), 16, True, "float32", kind="train"), TorchSDPA().attention),
         (DENSE, Reference().experts),
         (DENSE, TorchGroupedExperts().experts),
+        (FULL, TorchFlex().attention),
     ],
-    ids=["reference", "sdpa", "train", "experts", "grouped"],
+    ids=["reference", "sdpa", "train", "experts", "grouped", "flex"],
 )
 def test_counters_are_the_same_in_every_run(workload, method):
     one = running(workload, method)

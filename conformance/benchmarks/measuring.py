@@ -108,7 +108,7 @@ class Bench:
                     times.append(self.round(side, turn * launches, launches))
                     exposed += getattr(self.clock, "exposed", 0) if side is running else 0
             running.check()
-            metrics = counters(running)
+            metrics = counted(running)
         return timed_row(
             workload,
             own,
@@ -174,6 +174,14 @@ class Bench:
                 raise
             return None
         return running
+
+
+def counted(running: Running) -> dict[str, int | str]:
+    """The counters; or ``uncounted`` and why: such a call was timed all the same."""
+    try:
+        return counters(running)
+    except Exception as error:
+        return {"uncounted": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
 
 
 def paced(seconds: float, rounds: int, launches: int) -> tuple[int, int]:

@@ -30,6 +30,14 @@ from conformance.benchmarks.rows import TIMED, Row
 
 MISTAKE = 4
 
+BUSY = 0.2
+"""How far ceilings move where a machine does something else as well."""
+
+BUSY_NOTE = (
+    "The ceilings moved: the machine was doing other work. Ratios to the anchor, which is timed in "
+    "the same rounds, and counters can be compared between implementations; times and shares cannot."
+)
+
 FAMILIES = (
     ("Attention: prefill", "attention.prefill.*"),
     ("Attention: forward and backward", "attention.train.*"),
@@ -138,6 +146,8 @@ def described(identity: str, records: Sequence[Record]) -> str:
             for record in records
         ],
     )
+    if any(abs(by) > BUSY for record in records for by in drift(record).values()):
+        lines += ["", BUSY_NOTE]
     return "\n".join(lines)
 
 

@@ -70,7 +70,7 @@ class Kernels:
 
         What the adapter does not offer, or declines, skips the test.
         """
-        from conformance.benchmarks.counters import counters
+        from conformance.benchmarks.measuring import counted
         from conformance.benchmarks.workload import NotOffered, method_of
         from conformance.harness.failures import Declined
 
@@ -84,7 +84,7 @@ class Kernels:
                 times = self._rounds(benchmark, running, beside)
                 running.check()
                 if times is not None:
-                    metrics = counters(running)
+                    metrics = counted(running)
                     benchmark.extra_info.update(self._row(workload, times, beside, metrics))
         except (NotOffered, Declined, NotImplementedError) as reason:
             pytest.skip(str(reason))
