@@ -155,7 +155,8 @@ def test_outputs_of_base_and_head_are_checked_before_and_after_timing():
     machine.log.clear()
     pairs(names, pairs=1, rounds=1, stage="screen")
     asked = [request["do"] for _, _, request in machine.log]
-    assert asked == ["open"] * 3 + ["time"] * 4 + ["check"] * 2 + ["close"] * 3
+    expected = ["open"] * 3 + ["time"] * 4 + ["check"] * 2 + ["close"] * 3
+    assert asked == ["anchors", *expected, "anchors"]
     checked = [
         worker.side.implementation
         for worker, _, request in machine.log
