@@ -206,8 +206,8 @@ def test_without_cuda_nothing_is_drawn_and_the_verdict_says_why(tmp_path):
 
 
 def test_every_contract_runs_on_the_device(tmp_path):
-    """The few requirements of ``--smoke``, one or more a contract, on one GPU that is simulated."""
-    variables = environment(installed=False)
+    """The few requirements of ``--smoke``, one or more a contract, on two GPUs that are simulated."""
+    variables = environment(installed=False, SIMULATED_GPUS="2")
     variables["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "meta_tests")))
     command = [sys.executable, "-m", "pytest", "-p", "simulated_device", "-m", "gpu", "--smoke"]
     command += ["-n0", "-p", "no:cacheprovider", "--conformance-report", str(tmp_path / "out")]
