@@ -367,6 +367,8 @@ class Controller:
             return
         file = gpu_isolation.stack_file(folder, result.node.gateway.id)
         result.conformance_stacks = file.read_text("utf-8") if file.is_file() else ""
+        if result.conformance_stacks:
+            result.longrepr = f"{result.longrepr}\n\n{result.conformance_stacks}"
 
     def finish(self, exitstatus: int) -> int:
         """Decide the verdict, end the report, and give the exit status of the run."""
