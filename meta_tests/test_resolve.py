@@ -1,6 +1,8 @@
 """Names stand for adapters, and whatever is wrong with a name is said in one line."""
 
+import io
 import itertools
+import signal
 import sys
 
 import pytest
@@ -177,3 +179,9 @@ def test_what_a_fixture_returns_is_checked():
     with pytest.raises(CannotResolve, match="offers no contract"):
         from_fixture(object(), "fixture")
     assert from_fixture(resolve("reference").adapter, "fixture").file.endswith("reference.py")
+
+
+def test_a_deadline_needs_no_stderr_that_is_a_file(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert resolve("reference").name == "reference"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -41,10 +41,11 @@ def deadline(seconds: float, hard_factor: float = HARD_FACTOR):
         raise TimedOut(f"not finished after {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    stream = {"file": _stacks[0]} if _stacks else {}
-    faulthandler.dump_traceback_later(seconds * hard_factor, exit=True, **stream)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # By its number: sys.stderr may have been replaced by something that is no file.
+        stacks = _stacks[0] if _stacks else 2
+        faulthandler.dump_traceback_later(seconds * hard_factor, exit=True, file=stacks)
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
