@@ -14,7 +14,7 @@ SLOW = on_gpu.Command("slow", ("-c", "print('begun', flush=True); import time; t
 
 
 def test_every_adapter_that_is_named_is_bundled(tmp_path):
-    named = {*on_gpu.ATTENTION, *on_gpu.EXPERTS, *on_gpu.MODELS, on_gpu.GATED}
+    named = {*on_gpu.KERNELS, *on_gpu.MODELS, on_gpu.GATED}
     assert named <= set(BUNDLED)
 
 
@@ -25,7 +25,7 @@ def test_the_options_of_every_command_exist(tmp_path):
     [command] = on_gpu.commands("kernels", tmp_path)
     options = kernels.parse(list(command.arguments[2:]))
     assert (options.device, options.record) == ("cuda", tmp_path)
-    assert options.impl == [*on_gpu.ATTENTION, *on_gpu.EXPERTS]
+    assert options.impl == list(on_gpu.KERNELS)
 
 
 def test_a_command_that_fails_or_takes_too_long_leaves_the_others_their_turn(

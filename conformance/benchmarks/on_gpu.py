@@ -30,8 +30,9 @@ ATTENTION = (
     "torch-sdpa-flash",
     "torch-sdpa-efficient",
     "torch-sdpa-cudnn",
-    "torch-flex-compiled",
 )
+COMPILED = ("torch-flex-compiled",)
+"""Last: it compiles for every shape."""
 EXPERTS = (
     "torch-experts-grouped",
     "torch-folded-experts",
@@ -40,6 +41,7 @@ EXPERTS = (
     "transformers-experts-grouped",
 )
 MODELS = ("transformers-sdpa", "transformers-eager", "transformers-qwen3-moe", "transformers-qwen2")
+KERNELS = (*ATTENTION, *EXPERTS, *COMPILED)
 GATED = "torch-sdpa"
 SLOWDOWNS = (3, 5)
 SHOWN = 25
@@ -65,10 +67,10 @@ def commands(step: str, folder: Path) -> list[Command]:
                     f"--conformance-report={folder / name}",
                 ),
             )
-            for name in ("reference", *ATTENTION, *EXPERTS, *MODELS)
+            for name in ("reference", *ATTENTION, *EXPERTS, *MODELS, *COMPILED)
         ]
     if step == "kernels":
-        chosen = [part for name in (*ATTENTION, *EXPERTS) for part in ("--impl", name)]
+        chosen = [part for name in KERNELS for part in ("--impl", name)]
         record = ("--device", "cuda", "--record", str(folder))
         return [Command("kernels", ("-m", "conformance.benchmarks", *chosen, *record))]
     injected = [part for percent in SLOWDOWNS for part in ("--inject", str(percent))]
