@@ -145,7 +145,7 @@ def read_record(file: Path | None, settings: Record) -> Record:
 def main() -> int:
     """Run what is missing of the trial."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.split("\n")[0])
-    parser.add_argument("--impl", default="reference", help="the adapter that is base and head")
+    parser.add_argument("--impl", default="torch-kernels", help="the adapter of base and head")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", action="append", help="default: attention.* and experts.*")
     parser.add_argument("--runs", type=int, default=20, help="as it is (20)")

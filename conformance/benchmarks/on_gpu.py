@@ -42,7 +42,7 @@ EXPERTS = (
 )
 MODELS = ("transformers-sdpa", "transformers-eager", "transformers-qwen3-moe", "transformers-qwen2")
 KERNELS = (*ATTENTION, *EXPERTS, *COMPILED)
-GATED = "torch-sdpa"
+GATED = "torch-kernels"
 SLOWDOWNS = (3, 5)
 SHOWN = 25
 """Last lines of each command's output that are printed."""
@@ -75,7 +75,7 @@ def commands(step: str, folder: Path) -> list[Command]:
         return [Command("kernels", ("-m", "conformance.benchmarks", *chosen, *record))]
     injected = [part for percent in SLOWDOWNS for part in ("--inject", str(percent))]
     trial = ("-m", "conformance.benchmarks.gate_trial", "--device", "cuda", "--impl", GATED)
-    runs = ("--runs", "3", "--injected-runs", "1", "--only", "attention.*")
+    runs = ("--runs", "3", "--injected-runs", "1")
     output = ("--output", str(folder / "gate_trial-cuda.json"))
     return [Command("gate", (*trial, *runs, *injected, *output))]
 

@@ -91,6 +91,11 @@ BUNDLED: dict[str, Bundled] = {
             "a block of compressed experts: each core once a token, the rest in torch's grouped_mm",
         ),
         _bundled(
+            "torch-kernels",
+            "torch_kernels:TorchKernels",
+            "torch-sdpa and torch-experts-grouped in one",
+        ),
+        _bundled(
             "transformers-experts-eager",
             "transformers_experts:TransformersEagerExperts",
             "transformers' Qwen3-MoE experts, one after another",
