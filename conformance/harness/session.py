@@ -83,11 +83,19 @@ class Runner:
         return self.config.getoption("conformance_timeout")
 
     def select(self, items: list[pytest.Item], smoke: bool) -> list[pytest.Item]:
-        """The items that a run is left with; the others with ``--smoke`` are taken out."""
+        """The items that a run is left with.
+
+        Taken out are, with ``--smoke``, all but the few, and without ``-m gpu`` what only a GPU can be
+        held to: it takes most of a card's memory, which nobody expects of a plain run.
+        """
         self.collected = sum(requirement_of(item) is not None for item in items)
-        if not smoke:
-            return items
-        return [item for item in items if (r := requirement_of(item)) is None or r.smoke]
+        gpu = names_gpu(self.config.getoption("markexpr", ""))
+
+        def kept(item: pytest.Item) -> bool:
+            found = requirement_of(item)
+            return found is None or ((found.smoke or not smoke) and (gpu or not found.gpu))
+
+        return [item for item in items if kept(item)]
 
     def plan(self, session: pytest.Session) -> dict[str, Any] | None:
         """Everything that the controller needs to know; None where there is nothing to do."""
