@@ -618,7 +618,9 @@ def under_pytest(folder, *arguments):
     """``pytest`` on the benchmarks as a user calls it."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    env.pop("CONFORMANCE_IMPL", None)
+    # In a worker of pytest-xdist, pytest-benchmark would write nothing.
+    for name in ("CONFORMANCE_IMPL", "PYTEST_XDIST_WORKER"):
+        env.pop(name, None)
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 

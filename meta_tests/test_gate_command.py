@@ -76,7 +76,8 @@ def test_the_same_code_is_not_slower_than_itself(repository):
     ended = gate(repository, *arguments, *few)
     assert ended.returncode in (0, 6), ended.stdout + ended.stderr
     [row] = json.loads((repository / "out" / "gate.json").read_text())["benchmarks"]
-    assert row["verdict"] in ("OK", "INCONCLUSIVE")
+    # What else it is depends on how quiet the machine is.
+    assert row["verdict"] not in ("REGRESSED", "IMPROVED"), row["reason"]
     assert row["pairs"] == 7
     assert row["details"]["median_seconds"].keys() == {"base", "head", "control", "slowed"}
     assert all(seconds > 0 for seconds in row["details"]["median_seconds"].values())

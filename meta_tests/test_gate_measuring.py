@@ -155,7 +155,7 @@ def test_outputs_of_base_and_head_are_checked_before_and_after_timing():
     machine.log.clear()
     pairs(names, pairs=1, rounds=1, stage="screen")
     asked = [request["do"] for _, _, request in machine.log]
-    expected = ["open"] * 3 + ["time"] * 4 + ["check"] * 2 + ["close"] * 3
+    expected = ["open"] * 3 + ["time"] * (3 + 4) + ["check"] * 2 + ["close"] * 3
     assert asked == ["anchors", *expected, "anchors"]
     checked = [
         worker.side.implementation
@@ -172,7 +172,8 @@ def test_the_other_side_is_first_in_the_confirmation():
         names = pairs.prepare(NAMES)
         machine.log.clear()
         pairs(names[:1], pairs=1, rounds=1, stage=stage)
-        return [worker.side.implementation for worker, _, _ in machine.timed()]
+        # The first three make the processes warm.
+        return [worker.side.implementation for worker, _, _ in machine.timed()[3:]]
 
     assert first("screen") == first("confirm")[::-1]
 
@@ -186,6 +187,16 @@ def test_ratios_are_those_of_the_times_and_the_slowed_control_has_its_delay():
     assert np.allclose(found.head, math.log(1.3))
     assert np.allclose(found.control, 0)
     assert np.allclose(found.slowed, math.log(1.05))
+
+
+def test_delays_keep_their_share_when_the_machine_becomes_slower():
+    machine = Machine()
+    pairs = pairs_of(machine, slow_head=0.2)
+    names = pairs.prepare(NAMES)
+    machine.slower = {"old": 1.0, "new": 1.0}
+    found = pairs(names, pairs=1, rounds=2, stage="screen")["decode"]
+    assert np.allclose(found.slowed, math.log(1.05))
+    assert np.allclose(found.head, math.log(1.2))
 
 
 def test_the_head_can_be_slowed_on_purpose():

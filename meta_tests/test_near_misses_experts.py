@@ -950,5 +950,9 @@ class CopiesOfTheFirstTen(BatchedExperts):
 def test_every_requirement_has_a_near_miss():
     from conformance.harness.requirement import all_requirements
 
-    slugs = {slug for slug, record in all_requirements().items() if record.contract == "experts"}
+    slugs = {
+        slug
+        for slug, record in all_requirements().items()
+        if record.contract == "experts" and not record.gpu  # those are in test_near_misses_large
+    }
     assert {broken.breaks for broken in NEAR_EXPERTS.values()} == slugs

@@ -61,8 +61,8 @@ class Plan:
     launches: int
     seconds: float
     """Of a launch of the base, when this was planned."""
-    delay: float
-    """Seconds by which the slowed control's launches are longer."""
+    injected: float
+    """Share by which the slowed control's launches are longer."""
 
 
 @dataclass
@@ -157,7 +157,7 @@ class ProcessPairs:
             benchmark,
             max(FEWEST_LAUNCHES, math.ceil(SHORTEST_ROUND / seconds)),
             seconds,
-            self.injected[benchmark] * seconds,
+            self.injected[benchmark],
         )
 
     def __call__(
@@ -216,13 +216,19 @@ class ProcessPairs:
         plan = self.plans[benchmark]
         cycles: list[float] = []
         with opened(workers, benchmark, seed=self.pairs):
+            # A round that does not count: all are warm then, and it tells how long the delays are.
+            warm = {
+                side: asked(side, worker, "time", turn=0, launches=plan.launches, delay=0.0)
+                for side, worker in workers.items()
+            }
+            usual = statistics.median(warm[BASE]["seconds"])
             for number in range(rounds):
                 order = ORDERS[(self.pairs + number) % len(ORDERS)]
                 order = order if base_first else order[::-1]
-                timed = self._round(plan, workers, order, number)
+                timed = self._round(plan, workers, order, number, usual)
                 times = {side: each["seconds"] for side, each in timed.items()}
                 self._keep(benchmark, times, order)
-                base = statistics.median(times[BASE])
+                base = usual = statistics.median(times[BASE])
                 for side, logarithms in ratios.items():
                     logarithms.append(math.log(statistics.median(times[side]) / base))
                 clocks = [timed[side]["sm_clock"] for side in (HEAD, BASE)]
@@ -234,10 +240,19 @@ class ProcessPairs:
         return ratios
 
     def _round(
-        self, plan: Plan, workers: Mapping[str, WorkerProcess], order: Sequence[str], number: int
+        self,
+        plan: Plan,
+        workers: Mapping[str, WorkerProcess],
+        order: Sequence[str],
+        number: int,
+        usual: float,
     ) -> dict[str, dict[str, Any]]:
-        """Time each of the four once, on the same inputs."""
-        delays = {SLOWED: plan.delay, HEAD: self.slow_head * plan.seconds}
+        """Time each of the four once, on the same inputs.
+
+        Delays are shares of ``usual``, the seconds that a launch of the base took last: on a machine
+        that became slower, what was a delay of 8 % at the beginning would be less.
+        """
+        delays = {SLOWED: plan.injected * usual, HEAD: self.slow_head * usual}
         turn = number * plan.launches
         return {
             side: asked(

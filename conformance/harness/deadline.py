@@ -14,6 +14,9 @@ DEFAULT_SECONDS = 120.0
 HARD_FACTOR = 3
 """A call that never returns to Python ends the process after this many times the deadline."""
 
+AFTERWARDS = 10.0
+"""Seconds at least that a call which was interrupted has to come to its end, on a busy machine too."""
+
 _stacks: list[int] = []
 
 
@@ -45,7 +48,8 @@ def deadline(seconds: float, hard_factor: float = HARD_FACTOR):
         signal.setitimer(signal.ITIMER_REAL, seconds)
         # By its number: sys.stderr may have been replaced by something that is no file.
         stacks = _stacks[0] if _stacks else 2
-        faulthandler.dump_traceback_later(seconds * hard_factor, exit=True, file=stacks)
+        last = max(seconds * hard_factor, seconds + AFTERWARDS)
+        faulthandler.dump_traceback_later(last, exit=True, file=stacks)
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
