@@ -126,9 +126,9 @@ def test_every_pair_is_of_fresh_processes_and_both_orders_are_balanced():
     machine = Machine()
     pairs = pairs_of(machine)
     names = pairs.prepare(NAMES)
-    assert machine.started == 3
+    assert machine.started == 4
     pairs(names, pairs=4, rounds=4, stage="screen")
-    assert machine.started == 3 + 4 * 3
+    assert machine.started == 4 + 4 * 4
     found = pairs.found["decode"]
     assert len(found.base_first) == len(found.head_first) == 8
 
@@ -142,7 +142,7 @@ def test_the_sides_of_a_pair_have_the_same_inputs_and_no_other_pair_has_them():
     pairs(names, pairs=2, rounds=1, stage="confirm")
     opened = [(b, request["seed"]) for _, b, request in machine.log if request["do"] == "open"]
     seeds = Counter(opened)
-    assert set(seeds.values()) == {3}
+    assert set(seeds.values()) == {4}
     assert len({seed for _, seed in seeds}) == 4
     turns = {(w.number, request["turn"]) for w, b, request in machine.timed() if b == "decode"}
     assert {turn for _, turn in turns} == {0}
@@ -155,7 +155,7 @@ def test_outputs_of_base_and_head_are_checked_before_and_after_timing():
     machine.log.clear()
     pairs(names, pairs=1, rounds=1, stage="screen")
     asked = [request["do"] for _, _, request in machine.log]
-    expected = ["open"] * 3 + ["time"] * (3 + 4) + ["check"] * 2 + ["close"] * 3
+    expected = ["open"] * 4 + ["time"] * (4 + 4) + ["check"] * 2 + ["close"] * 4
     assert asked == ["anchors", *expected, "anchors"]
     checked = [
         worker.side.implementation
@@ -172,8 +172,8 @@ def test_the_other_side_is_first_in_the_confirmation():
         names = pairs.prepare(NAMES)
         machine.log.clear()
         pairs(names[:1], pairs=1, rounds=1, stage=stage)
-        # The first three make the processes warm.
-        return [worker.side.implementation for worker, _, _ in machine.timed()[3:]]
+        # The first four make the processes warm.
+        return [worker.side.implementation for worker, _, _ in machine.timed()[4:]]
 
     assert first("screen") == first("confirm")[::-1]
 
@@ -269,7 +269,7 @@ def test_a_lost_worker_is_made_up_for_by_fresh_ones():
     found = pairs(names, pairs=3, rounds=1, stage="screen")
     assert list(found) == ["prefill"]
     assert found["prefill"].head.shape == (3, 1)
-    assert machine.started == 3 * (1 + 3 + 1)
+    assert machine.started == 4 * (1 + 3 + 1)
 
 
 def test_a_worse_deterministic_metric_regresses_whatever_the_times_are():

@@ -21,6 +21,9 @@ LONGEST_LINE = 300
 WARM_UP = 3
 """Launches before anything is timed: the first ones compile, allocate and choose kernels."""
 
+UNCOUNTED = 2
+"""Launches at the beginning of each round that do not count."""
+
 # Kinds of refusals
 NOT_OFFERED, DECLINED, WRONG, RAISED = "not offered", "declined", "wrong output", "raised"
 
@@ -78,7 +81,8 @@ class Worker:
         ``sm_clock`` is that of the GPU just after, in MHz, or None.
         """
         asked = [self._launch(turn + number) for number in range(launches)]
-        seconds = self.clock.seconds(asked, delay=delay)
+        # Another process was timed just before, and its data are in the caches.
+        seconds = self.clock.seconds([*asked[-UNCOUNTED:], *asked], delay=delay)[-launches:]
         return {"seconds": seconds, "sm_clock": self.sm_clock()}
 
     def check(self) -> None:
