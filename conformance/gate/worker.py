@@ -53,7 +53,7 @@ class Worker:
         self.resolved = resolve(implementation)
         self.running: Any = None
 
-    def open(self, benchmark: str, seed: int, check: bool) -> None:
+    def open(self, benchmark: str, seed: int) -> None:
         """Prepare a benchmark: inputs, a check of outputs, warm-up. The one before is closed."""
         from conformance.benchmarks.running import Running
         from conformance.benchmarks.workload import NotOffered, method_of, workloads
@@ -65,8 +65,7 @@ class Worker:
         except NotOffered as error:
             raise Refused(NOT_OFFERED, line_of(error)) from None
         self.running = Running(workload, method, self.device, seed=seed)
-        if check:
-            self.running.check()
+        self.running.check()
         self.clock.seconds([self._launch(turn) for turn in range(WARM_UP)])
 
     def close(self) -> None:
