@@ -56,7 +56,7 @@ def test_what_was_written_is_packed(tmp_path, monkeypatch, capsys):
 )
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert on_gpu.main(["--output", str(tmp_path / "results.tar.gz")]) == 4
-    assert "there is no CUDA device" in capsys.readouterr().err
+    assert "torch finds no CUDA device" in capsys.readouterr().err
 
 
 def test_a_step_that_there_is_not_is_refused(tmp_path, capsys):

@@ -22,11 +22,12 @@ CONTRACTS = ("attention", "experts", "shared_core_block")
 def main(arguments: list[str] | None = None) -> int:
     """Measure, and print a line a row; the exit status."""
     options = parse(arguments)
+    from conformance.benchmarks.machine import timed_device
     from conformance.benchmarks.workload import NoSuchWorkload, workloads
     from conformance.harness.resolve import CannotResolve
 
     try:
-        device = usable(options.device)
+        device = timed_device(options.device)
         chosen = workloads(device, only=options.only)
         if options.list:
             print("\n".join(each.name for each in chosen))
@@ -71,16 +72,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="write kernels-FINGERPRINT-NAME.json (default folder: the package's records)",
     )
     return parser.parse_args(arguments)
-
-
-def usable(device: str | None) -> str:
-    """The device to measure on; ValueError if it is not there."""
-    import torch
-
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise ValueError("--device cuda: torch finds no CUDA device here")
-    return device or ("cuda" if there else "cpu")
 
 
 def implementations(options: argparse.Namespace) -> dict[str, object]:

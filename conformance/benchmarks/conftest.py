@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from conformance.benchmarks import under_pytest
+from conformance.benchmarks.machine import timed_device
 
 
 def _asked_for(config: pytest.Config) -> bool:
@@ -27,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "benchmark_storage", None) == under_pytest.DEFAULT_STORAGE:
         from conformance.benchmarks.fingerprint import fingerprint
 
-        told = fingerprint(under_pytest.device())
+        told = fingerprint(timed_device())
         config.option.benchmark_storage = f"{under_pytest.DEFAULT_STORAGE}/{told['id']}"
 
 
@@ -38,7 +39,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         return
     from conformance.benchmarks.fingerprint import fingerprint
 
-    machine_info["conformance"] = fingerprint(under_pytest.device())
+    machine_info["conformance"] = fingerprint(timed_device())
     for name in under_pytest.VOLATILE:
         machine_info.get("cpu", {}).pop(name, None)
 

@@ -48,6 +48,19 @@ def memory() -> dict[str, int]:
     }
 
 
+def timed_device(asked: str | None = None) -> str:
+    """``cpu`` or ``cuda``: what is asked for, else a GPU where torch finds one.
+
+    ValueError, in one line, for a GPU that is not there.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise ValueError("--device cuda: torch finds no CUDA device here")
+    return asked or ("cuda" if there else "cpu")
+
+
 def warm_up() -> None:
     """Have torch set up its threads, so that they count as baseline and not as loading."""
     import torch

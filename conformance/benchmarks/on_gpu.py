@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from conformance.benchmarks.machine import timed_device
+
 ATTENTION = (
     "torch-sdpa",
     "torch-sdpa-flash",
@@ -126,10 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [step for step in options.steps if step not in STEPS]:
         parser.error(f"{unknown[0]!r} is no step: expected {', '.join(STEPS)}")
-    import torch
-
-    if not torch.cuda.is_available():
-        print("conformance: there is no CUDA device", file=sys.stderr)
+    try:
+        timed_device("cuda")
+    except ValueError as error:
+        print(f"conformance: {error}", file=sys.stderr)
         return 4
     with tempfile.TemporaryDirectory() as folder:
         found = run_all(options.steps or STEPS, Path(folder), options.budget)

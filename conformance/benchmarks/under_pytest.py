@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from conformance.benchmarks.machine import timed_device
+
 DEFAULT_STORAGE = "file://./.benchmarks"
 """Of pytest-benchmark: folders in it are by system and Python alone."""
 
@@ -23,19 +25,12 @@ VOLATILE = ("hz_actual", "hz_actual_friendly", "hz_advertised", "hz_advertised_f
 ROUNDS, WARM_UP = 20, 2
 
 
-def device() -> str:
-    """``cuda`` where torch finds a GPU, else ``cpu``."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def parameters(contracts: tuple[str, ...]) -> list[Any]:
     """Workloads of these contracts as parameters, timed by events where they run on a GPU."""
     from conformance.benchmarks.clock import EventTimer
     from conformance.benchmarks.workload import workloads
 
-    on = device()
+    on = timed_device()
     marks = [pytest.mark.benchmark(timer=EventTimer())] if on == "cuda" else []
     return [
         pytest.param(each, id=each.name, marks=[*marks, pytest.mark.benchmark(group=each.name)])
@@ -60,7 +55,7 @@ class Kernels:
         from conformance.benchmarks.measuring import Bench
         from conformance.benchmarks.workload import workloads
 
-        on = device()
+        on = timed_device()
         clock = clock_for(on)
         ceilings = measure_ceilings(on, clock, sorted({w.dtype for w in workloads(on)}))
         return cls(Bench(on, clock, ceilings), fingerprint(on))

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         if importlib.util.find_spec("scipy") is None:
             raise GateError("the gate needs SciPy: pip install 'model-conformance[benchmarks]'")
         settings = read_gate_settings(Path.cwd())
-        device = device_of(options.device)
+        device = _device(options.device)
         with the_only_gate_on(device), progress_line() as progress:
             result = compare(options, settings, device, progress)
         lines = terminal_lines(result)
@@ -207,16 +207,6 @@ def rule_of(
         raise GateError(f"{benchmark}: {error}") from None
 
 
-def device_of(asked: str | None) -> str:
-    """The device that is asked for, or CUDA's where there is one."""
-    import torch
-
-    there = torch.cuda.is_available()
-    if asked == "cuda" and not there:
-        raise GateError("--device cuda: there is no CUDA device")
-    return asked or ("cuda" if there else "cpu")
-
-
 @contextmanager
 def the_only_gate_on(device: str) -> Iterator[None]:
     """Hold the lock of a device's timings: two gates at once would time each other."""
@@ -257,6 +247,15 @@ def terminal_lines(result: GateResult) -> list[str]:
     from conformance.gate.output import table_lines
 
     return list(table_lines(result))
+
+
+def _device(asked: str | None) -> str:
+    from conformance.benchmarks.machine import timed_device
+
+    try:
+        return timed_device(asked)
+    except ValueError as error:
+        raise GateError(str(error)) from None
 
 
 def _write(result: GateResult, folder: Path) -> None:
