@@ -61,6 +61,9 @@ class Worker:
     def end(self):
         self.ended = True
 
+    def told(self, name, **arguments):
+        return self.ask(name, **arguments)
+
     def ask(self, name, **arguments):
         self.request(name, **arguments)
         return self.answer()
@@ -256,15 +259,15 @@ def test_what_the_base_does_not_offer_is_not_compared(kind):
     assert not_offered(NAMES, pairs) == {"decode": "why"}
 
 
-def test_a_lost_worker_is_made_up_for_by_fresh_ones():
-    # The head dies in its third process: in the second pair, where decode is measured second.
-    machine = refusing("new", "time", LOST, after=1)
+@pytest.mark.parametrize(("kind", "more"), [(LOST, 1), (RAISED, 1), (WRONG, 0)])
+def test_a_process_that_is_lost_or_raised_is_made_up_for_by_fresh_ones(kind, more):
+    machine = refusing("new", "time", kind, after=1)
     pairs = pairs_of(machine)
     names = pairs.prepare(["decode", "prefill"])
     found = pairs(names, pairs=3, rounds=1, stage="screen")
     assert list(found) == ["prefill"]
     assert found["prefill"].head.shape == (3, 1)
-    assert machine.started == 4 * (1 + 3 + 1)
+    assert machine.started == 4 * (1 + 3 + more)
 
 
 def test_a_worse_deterministic_metric_regresses_whatever_the_times_are():

@@ -21,6 +21,7 @@ import numpy as np
 
 from conformance.gate.samples import Samples, Stage
 from conformance.gate.sides import GateError, Side
+from conformance.gate.worker import RAISED
 from conformance.gate.workers import Refusal, WorkerLost, WorkerProcess
 
 BASE, HEAD, CONTROL, SLOWED = "base", "head", "control", "slowed"
@@ -61,8 +62,6 @@ class Plan:
     launches: int
     seconds: float
     """Of a launch of the base, when this was planned."""
-    injected: float
-    """Share by which the slowed control's launches are longer."""
 
 
 @dataclass
@@ -137,13 +136,13 @@ class ProcessPairs:
         """
         with self._quartet(base_first=True) as quartet:
             self._check_origins(quartet.workers)
-            self.machine = quartet.workers[BASE].ask("fingerprint")
+            self.machine = quartet.workers[BASE].told("fingerprint")
             for number, benchmark in enumerate(benchmarks, 1):
                 self.progress(f"preparing {number} of {len(benchmarks)}: {benchmark}")
                 with self._refusals_kept(benchmark, quartet):
                     self._prepare(benchmark, quartet.workers)
             # Here and after a stage, when nothing more is timed in the process that is asked.
-            self.anchors.append(quartet.workers[BASE].ask("anchors"))
+            self.anchors.append(quartet.workers[BASE].told("anchors"))
         return [benchmark for benchmark in benchmarks if benchmark in self.plans]
 
     def _prepare(self, benchmark: str, workers: Mapping[str, WorkerProcess]) -> None:
@@ -159,7 +158,6 @@ class ProcessPairs:
             benchmark,
             max(FEWEST_LAUNCHES, math.ceil(SHORTEST_ROUND / seconds)),
             seconds,
-            self.injected[benchmark],
         )
 
     def __call__(
@@ -187,7 +185,7 @@ class ProcessPairs:
                         ratios = self._pair(benchmark, quartet.workers, rounds, base_first)
                         measured[benchmark].append(ratios)
                 if pair == pairs - 1:
-                    self.anchors.append(quartet.workers[BASE].ask("anchors"))
+                    self.anchors.append(quartet.workers[BASE].told("anchors"))
         return {
             benchmark: Samples(**{s: np.array([r[s] for r in ratios]) for s in COMPARED})
             for benchmark, ratios in measured.items()
@@ -196,12 +194,16 @@ class ProcessPairs:
 
     @contextmanager
     def _refusals_kept(self, benchmark: str, quartet: Quartet) -> Iterator[None]:
-        """Note why a benchmark cannot be compared; a lost worker is made up for by fresh ones."""
+        """Note why a benchmark cannot be compared, and go on with processes that can be trusted.
+
+        One that is lost needs another in its place, and so does one in which something raised: a
+        kernel that wrote out of bounds leaves a CUDA context in which every later call raises.
+        """
         try:
             yield
         except Unusable as refused:
             self.unusable[benchmark] = refused
-            if refused.kind == LOST:
+            if refused.kind in (LOST, RAISED):
                 quartet.start_again()
 
     def _pair(
@@ -252,7 +254,7 @@ class ProcessPairs:
         Delays are shares of ``usual``, the seconds that a launch of the base took last: on a machine
         that became slower, what was a delay of 8 % at the beginning would be less.
         """
-        delays = {SLOWED: plan.injected * usual, HEAD: self.slow_head * usual}
+        delays = {SLOWED: self.injected[plan.benchmark] * usual, HEAD: self.slow_head * usual}
         turn = number * plan.launches
         return {
             side: asked(
@@ -293,7 +295,7 @@ class ProcessPairs:
         for name in (BASE, HEAD):
             side = self.sides[name]
             under = str(side.checked_out) if side.checked_out else None
-            origin = self.origins[name] = workers[name].ask("origin", under=under)
+            origin = self.origins[name] = workers[name].told("origin", under=under)
             if under and origin["below"] is None:
                 raise GateError(
                     f"{side.label}: {side.implementation} imports nothing from the revision "

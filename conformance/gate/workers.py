@@ -8,6 +8,8 @@ import select
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,18 @@ class WorkerProcess:
 
     def wait_until_ready(self) -> None:
         """Wait for the adapter's import; :class:`GateError` where it cannot be imported."""
-        try:
+        with self._refusals_ending_the_gate():
             self._receive()
+
+    def told(self, name: str, **arguments: Any) -> Any:
+        """The answer to what has nothing to do with a benchmark; :class:`GateError` where refused."""
+        with self._refusals_ending_the_gate():
+            return self.ask(name, **arguments)
+
+    @contextmanager
+    def _refusals_ending_the_gate(self) -> Iterator[None]:
+        try:
+            yield
         except Refusal as refusal:
             raise GateError(f"{self.side.label}: {refusal.why}") from None
 
