@@ -86,6 +86,11 @@ def on_gpu(folder, *arguments, breaks=None, only=None, simulated=True):
         *(("-k", only) if only else ()),
         *arguments,
     ]
+    return completed(command, variables, folder)
+
+
+def completed(command, variables, folder):
+    """How a command ended that leaves its report in a folder."""
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -212,17 +217,8 @@ def test_every_contract_runs_on_the_device(tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "simulated_device", "-m", "gpu", "--smoke"]
     command += ["-n0", "-p", "no:cacheprovider", "--conformance-report", str(tmp_path / "out")]
     command += ["--conformance-timeout", "300"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=LONGEST,
-        check=False,
-    )
-    run = Run(done.returncode, done.stdout, done.stderr, tmp_path)
-    ended = {(each["contract"], each["outcome"]) for each in records(run).values()}
-    assert {outcome for _, outcome in ended} <= {"pass", "not_run", "inconclusive"}, run.text
-    passed = {contract for contract, outcome in ended if outcome == "pass"}
+    run = completed(command, variables, tmp_path)
+    outcomes = {(each["contract"], each["outcome"]) for each in records(run).values()}
+    assert {outcome for _, outcome in outcomes} <= {"pass", "not_run", "inconclusive"}, run.text
+    passed = {contract for contract, outcome in outcomes if outcome == "pass"}
     assert passed == {name for name, each in CONTRACTS.items() if each.on_device}, run.text

@@ -10,7 +10,6 @@ import faulthandler
 import importlib
 import json
 import pickle
-import random
 import signal
 import sys
 from datetime import timedelta
@@ -22,7 +21,7 @@ import torch
 from conformance.harness import gpu_lane
 from conformance.harness.failures import NotRun
 from conformance.harness.gpu_ranks import moved, reject_elsewhere
-from conformance.harness.rank_pool import PATIENCE, Raised, silence
+from conformance.harness.rank_pool import PATIENCE, Raised, answer_calls, silence
 from conformance.harness.subject import Subject, first_line
 
 GIVES_PARTS_ANYWHERE = ("flat_shards",)
@@ -52,15 +51,7 @@ def serve(job: dict[str, Any]) -> None:
             device_id=torch.device("cuda", rank) if job["backend"] == "nccl" else None,
         )
         subject = made(job["contract"], tuple(job["lines"]))
-        while True:
-            try:
-                request = pipe.recv_bytes()
-            except EOFError:
-                return
-            # Each rank draws other numbers: what must be alike on all has to be sent.
-            torch.manual_seed(1000 + rank)
-            random.seed(1000 + rank)
-            pipe.send_bytes(pickle.dumps(answered(subject, request)))
+        answer_calls(pipe, rank, lambda request: pickle.dumps(answered(subject, request)))
 
 
 def made(contract: str, lines: tuple[str, ...]) -> Subject | Raised:

@@ -406,15 +406,22 @@ def _serve(
             world_size=ranks,
             timeout=timedelta(seconds=2 * PATIENCE),
         )
-        while True:
-            try:
-                request = pipe.recv_bytes()
-            except EOFError:
-                return
-            # Each rank draws other numbers: what must be alike on all has to be sent.
-            torch.manual_seed(1000 + rank)
-            random.seed(1000 + rank)
-            pipe.send_bytes(_answered(subject, request))
+        answer_calls(pipe, rank, lambda request: _answered(subject, request))
+
+
+def answer_calls(
+    pipe: connection.Connection, rank: int, answered: Callable[[bytes], bytes]
+) -> None:
+    """Answer what comes through the pipe until it is closed; requests and answers are pickled."""
+    while True:
+        try:
+            request = pipe.recv_bytes()
+        except EOFError:
+            return
+        # Each rank draws other numbers: what must be alike on all has to be sent.
+        torch.manual_seed(1000 + rank)
+        random.seed(1000 + rank)
+        pipe.send_bytes(answered(request))
 
 
 def _answered(subject: Subject, request: bytes) -> bytes:

@@ -95,11 +95,9 @@ class TorchGroupedExperts:
         """See :class:`conformance.contracts.Experts`."""
         if transposed:
             gate_up_proj, down_proj = gate_up_proj.mT, down_proj.mT
-        checked = indices if indices.device.type == "cpu" else indices[:0]
-        given = (
-            (hidden, checked, weights) if checked is indices else (hidden[:0], checked, weights[:0])
-        )
-        check_experts(*given, gate_up_proj, down_proj, "concatenated", activation)
+        rows = slice(None if indices.device.type == "cpu" else 0)
+        given = (hidden[rows], indices[rows], weights[rows], gate_up_proj, down_proj)
+        check_experts(*given, "concatenated", activation)
         number = len(down_proj)
         pairs = Sorted.of(indices, number)
         real_TK = indices < number
