@@ -1,25 +1,16 @@
 """The gate's table in pyproject.toml: read strictly, and refused in one line."""
 
+import re
+
 import pytest
+from command_line import ROOT
 
 from conformance.gate.settings import GateSettings, Override, read_gate_settings
 from conformance.gate.sides import GateError
 from conformance.harness.settings import read_settings
 
-GOOD = """
-[tool.conformance.benchmarks]
-only = ["attention.*"]
-detect = 5
-accept = ["peak_bytes"]
-
-[[tool.conformance.benchmarks.overrides]]
-benchmark = "attention.*"
-margin = 2.5
-
-[[tool.conformance.benchmarks.overrides]]
-benchmark = "attention.decode.*"
-detect = 10
-"""
+PAGE = (ROOT / "docs" / "regression_gate.md").read_text()
+GOOD = re.search(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)[1]
 
 
 def written(folder, text):
@@ -38,20 +29,24 @@ def test_everything_that_can_be_set_is_read_and_left_alone_by_the_suite(tmp_path
         only=("attention.*",),
         accept=("peak_bytes",),
         detect=0.05,
-        overrides=(
-            Override("attention.*", margin=0.025),
-            Override("attention.decode.*", detect=0.1),
-        ),
+        margin=0.01,
+        overrides=(Override("attention.decode.*", detect=0.1),),
     )
     assert read_settings(tmp_path).implementation is None
 
 
 def test_the_last_override_that_has_it_counts(tmp_path):
-    found = read_gate_settings(written(tmp_path, GOOD))
+    more = """
+[[tool.conformance.benchmarks.overrides]]
+benchmark = "attention.*"
+margin = 2.5
+"""
+    found = read_gate_settings(written(tmp_path, GOOD + more))
     assert found.share("detect", "attention.prefill.x") == 0.05
     assert found.share("detect", "attention.decode.x") == 0.1
     assert found.share("margin", "attention.decode.x") == 0.025
-    assert found.share("margin", "experts.x") is None
+    assert found.share("margin", "experts.x") == 0.01
+    assert read_gate_settings(tmp_path / "none").share("margin", "experts.x") is None
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,8 @@
 """What the user sets of the gate: ``[tool.conformance.benchmarks]`` of the pyproject.toml.
 
-    [tool.conformance.benchmarks]
-    only = ["attention.*"]          # globs on the names of benchmarks
-    detect = 5                      # percent: a slowdown of this size is to be found
-    margin = 1                      # percent: and one of this size is let pass
-    accept = ["peak_bytes"]         # deterministic metrics that may become worse
-
-    [[tool.conformance.benchmarks.overrides]]
-    benchmark = "attention.decode.*"
-    detect = 10
-
-Strict, because a misspelt key would be a check that no one makes. The command line goes before it.
+``only`` and ``accept`` (globs), ``detect`` and ``margin`` (percent), ``overrides``: each is explained
+in docs/regression_gate.md. Strict, because a misspelt key would be a check that no one makes. The
+command line goes before it.
 """
 
 from __future__ import annotations
