@@ -213,6 +213,9 @@ shared_core_fit = _contract_fixture("shared_core_fit")
 shared_core_block = _contract_fixture("shared_core_block")
 compression_statistics = _contract_fixture("compression_statistics")
 compressed_checkpoint = _contract_fixture("compressed_checkpoint")
+distillation_loss = _contract_fixture("distillation_loss")
+loglikelihood = _contract_fixture("loglikelihood")
+checkpoint_watcher = _contract_fixture("checkpoint_watcher")
 
 
 # Collection

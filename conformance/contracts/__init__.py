@@ -29,6 +29,13 @@ from conformance.contracts.compression import (
     SharedCoreLayer,
     Statistics,
 )
+from conformance.contracts.distillation import (
+    CheckpointWatcher,
+    DistillationLoss,
+    LogLikelihood,
+    Score,
+    Watcher,
+)
 from conformance.contracts.flat_shards import FlatLayout, FlatShards, LaidOut, ShardedModel
 from conformance.contracts.gpt import CheckpointReader, GPTCheckpoint, LoadedGPT
 from conformance.contracts.mixture import ExpertParallelBlock, Experts, MoEBlock, MoERouter
@@ -46,9 +53,11 @@ __all__ = [
     "CachedAttention",
     "CausalLM",
     "CheckpointReader",
+    "CheckpointWatcher",
     "CompressedCheckpoint",
     "CompressionStatistics",
     "Contract",
+    "DistillationLoss",
     "ExpertParallelBlock",
     "Experts",
     "FittedCore",
@@ -59,18 +68,21 @@ __all__ = [
     "LoadedCompressed",
     "LoadedGPT",
     "LoadedLM",
+    "LogLikelihood",
     "MoEBlock",
     "MoERouter",
     "ParallelLayer",
     "ParallelLinear",
     "Rotary",
     "RotaryModule",
+    "Score",
     "ShardedModel",
     "SharedCore",
     "SharedCoreBlock",
     "SharedCoreFit",
     "SharedCoreLayer",
     "Statistics",
+    "Watcher",
     "WeightLoader",
 ]
 
@@ -159,5 +171,8 @@ CONTRACTS: dict[str, Contract] = {
         Contract("shared_core_block", SharedCoreBlock),
         Contract("compression_statistics", CompressionStatistics, on_device=False),
         Contract("compressed_checkpoint", CompressedCheckpoint),
+        Contract("distillation_loss", DistillationLoss),
+        Contract("loglikelihood", LogLikelihood),
+        Contract("checkpoint_watcher", CheckpointWatcher, on_device=False),
     )
 }

@@ -25,6 +25,9 @@ AREAS = (
     "shared_core_block",
     "compression_statistics",
     "compressed_checkpoint",
+    "distillation_loss",
+    "loglikelihood",
+    "checkpoint_watcher",
 )
 
 

@@ -25,6 +25,11 @@ CATALOGUES = (
     "compression",
     "shared_core",
     "compressed_checkpoint",
+    "distillation",
+    "distillation_loss",
+    "evaluation",
+    "loglikelihood",
+    "checkpoint_watcher",
 )
 
 

@@ -15,9 +15,12 @@ from reference_impl.qwen2.parallel_linear import ParallelLinear
 from reference_impl.rotary import Rotary, RotaryModule
 from reference_impl.shared_core.block import SharedCoreBlock
 from reference_impl.shared_core.checkpoint import CompressedCheckpoint
+from reference_impl.shared_core.distillation_loss import DistillationLoss
 from reference_impl.shared_core.fit import SharedCoreFit
 from reference_impl.shared_core.layer import SharedCore
+from reference_impl.shared_core.likelihood import LogLikelihood
 from reference_impl.shared_core.statistics import CompressionStatistics
+from reference_impl.shared_core.watcher import CheckpointWatcher
 
 
 class Reference(
@@ -32,6 +35,9 @@ class Reference(
     SharedCoreFit,
     CompressionStatistics,
     CompressedCheckpoint,
+    DistillationLoss,
+    LogLikelihood,
+    CheckpointWatcher,
 ):
     """Offers every contract."""
 

@@ -1,0 +1,1 @@
+"""Other right ways to offer the contract ``loglikelihood``."""

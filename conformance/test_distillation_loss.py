@@ -1,0 +1,1 @@
+"""The requirements of the contract ``distillation_loss``."""
