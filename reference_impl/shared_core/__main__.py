@@ -1,7 +1,10 @@
-"""Compress the experts of a model, look at what that gave, and turn it back.
+"""Compress the experts of a model, look at what that gave, train it, evaluate it, and turn it back.
 
     python -m reference_impl.shared_core compress MODEL COMPRESSED --rank 64
     python -m reference_impl.shared_core inspect COMPRESSED
+    python -m reference_impl.shared_core distil COMPRESSED MODEL TEXT RUN --steps 1000
+    python -m reference_impl.shared_core evaluate RUN/model TASK
+    python -m reference_impl.shared_core watch RUN TASK
     python -m reference_impl.shared_core export COMPRESSED EXPORTED
     python -m reference_impl.shared_core convert COMPRESSED OTHER --format pt
 
@@ -11,8 +14,11 @@ MODEL is a Hugging Face directory of Qwen3-MoE or Mixtral; nothing is downloaded
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import sys
 
+from reference_impl.shared_core.extras import MissingExtra
 from reference_impl.stored import CheckpointError
 
 
@@ -20,11 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Do what is asked; a user's mistake is one line on stderr, and status 1."""
     given = parser().parse_args(arguments)
     try:
-        given.do(given)
-    except (CheckpointError, ValueError) as error:
+        status = given.do(given)
+    except (CheckpointError, ValueError, MissingExtra) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return int(status or 0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +62,69 @@ def parser() -> argparse.ArgumentParser:
     other.add_argument("target", help="the folder to write")
     add_format(other)
     other.set_defaults(do=convert)
+    add_distil(commands.add_parser("distil", help="train a model on another one's distributions"))
+    one = commands.add_parser("evaluate", help="evaluate a model through lm-eval")
+    add_evaluation(one, "folder", "of the model, compressed or ordinary")
+    one.set_defaults(do=evaluate)
+    all_of_them = commands.add_parser("watch", help="evaluate checkpoints as a run writes them")
+    add_evaluation(all_of_them, "directory", "of the run")
+    all_of_them.add_argument(
+        "--results", help="file of JSON lines (default: RUN/evaluations.jsonl)"
+    )
+    all_of_them.add_argument("--attempts", type=int, default=3, help="at a checkpoint (default: 3)")
+    all_of_them.add_argument(
+        "--interval", type=float, default=60.0, help="seconds between two looks (default: 60)"
+    )
+    all_of_them.add_argument("--once", action="store_true", help="look once, and end")
+    all_of_them.set_defaults(do=watch)
     return whole
+
+
+def add_evaluation(command: argparse.ArgumentParser, place: str, what: str) -> None:
+    """What commands that evaluate are told."""
+    command.add_argument(place, help=what)
+    command.add_argument("task", help="a YAML file of lm-eval, or a folder of them")
+    command.add_argument("--batch-size", type=int, default=8, help="(default: 8)")
+    command.add_argument("--limit", type=int, help="documents of each task (default: all)")
+    command.add_argument("--device", default="cpu", help="(default: cpu)")
+    command.add_argument("--tokenizer", help="folder of the tokenizer (default: the model's)")
+
+
+def add_distil(command: argparse.ArgumentParser) -> None:
+    """What a distillation run is told; defaults are those of DistillationOptions."""
+    for name, what in (
+        ("student", "folder of the model to train, compressed or ordinary"),
+        ("teacher", "folder of the model to learn from"),
+        ("data", "a file of text or ids: .txt, .jsonl or .safetensors"),
+        ("output", "the folder of the run"),
+    ):
+        command.add_argument(name, help=what)
+    for kind, names in {
+        int: "steps batch_size accumulation warmup_steps max_length save_steps save_total_limit"
+        " seed vocab_size teacher_top_k",
+        float: "lr weight_decay max_grad_norm alpha temperature beta",
+        str: "schedule divergence dtype device teacher_cache",
+    }.items():
+        for name in names.split():
+            flag = f"--{name.replace('_', '-')}"
+            command.add_argument(flag, type=kind, default=argparse.SUPPRESS)
+    command.add_argument(
+        "--multiplier",
+        action="append",
+        default=[],
+        metavar="PATTERN=SHARE",
+        help="of the learning rate, for parameters whose name the pattern is found in; 0 freezes",
+    )
+    command.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint, by default from the last one of the run, if there is one",
+    )
+    command.add_argument("--quiet", action="store_true", help="without a line of progress")
+    command.set_defaults(do=distil)
 
 
 def add_format(command: argparse.ArgumentParser) -> None:
@@ -113,6 +181,55 @@ def convert(given: argparse.Namespace) -> None:
     from reference_impl.shared_core.checkpoint import load_compressed_model
 
     load_compressed_model(given.folder).save(given.target, format=given.format)
+
+
+def distil(given: argparse.Namespace) -> None:
+    """Train, and say where the model is and how the loss went."""
+    from reference_impl.shared_core.distillation import DistillationOptions
+    from reference_impl.shared_core.distillation import distil as run
+
+    options = dict(vars(given))
+    quiet, _ = options.pop("quiet"), options.pop("do")
+    multipliers = tuple(map(multiplier, options.pop("multiplier")))
+    done = run(DistillationOptions(**options, multipliers=multipliers, progress=not quiet))
+    if done.is_main:
+        first, last = done.curve[0], done.curve[-1]
+        print(f"loss {first['loss']:.4f} at step {first['step']}", end=", ")
+        print(f"{last['loss']:.4f} at step {last['step']}: {done.folder}")
+
+
+def multiplier(text: str) -> tuple[str, float]:
+    """A pattern and its share; the pattern may have equals signs."""
+    pattern, _, share = text.rpartition("=")
+    try:
+        return pattern, float(share if pattern else "")
+    except ValueError:
+        raise ValueError(f"--multiplier is {text!r}, expected PATTERN=SHARE") from None
+
+
+def evaluate(given: argparse.Namespace) -> None:
+    """Print the metrics as JSON."""
+    print(json.dumps(evaluator(given)(given.folder), indent=2))
+
+
+def watch(given: argparse.Namespace) -> bool:
+    """Evaluate checkpoints as they come; status 1 if an evaluation failed."""
+    from reference_impl.shared_core.evaluation import check_task
+    from reference_impl.shared_core.watcher import watch as run
+
+    check_task(given.task)  # or each checkpoint would fail for it
+    results = given.results or f"{given.directory}/evaluations.jsonl"
+    waits = {name: getattr(given, name) for name in ("attempts", "interval", "once")}
+    return not run(given.directory, evaluator(given), results, **waits)
+
+
+def evaluator(given: argparse.Namespace) -> functools.partial:
+    """What gives the metrics of a folder."""
+    from reference_impl.shared_core.evaluation import evaluate_model
+
+    names = ("batch_size", "limit", "device", "tokenizer")
+    options = {name: getattr(given, name) for name in names}
+    return functools.partial(evaluate_model, task=given.task, **options)
 
 
 if __name__ == "__main__":
