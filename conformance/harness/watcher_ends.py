@@ -140,10 +140,13 @@ def assert_finishes(story: Story) -> None:
     names = story.case.names
     content = story.content()
     done = [name for name in names if f'"{name}"'.encode() in content[: content.rfind(b"\n") + 1]]
-    before = len(story.log())
+    before = [each["name"] for each in story.log()]
+    for name in before[:-1]:
+        if name not in done:
+            story.fail("lost results", f"{name} was evaluated before {before[-1]} and has no line")
     story.watch()
     polled = story.do("polled = watcher.poll()")
-    shown = story.log()[before:]
+    shown = story.log()[len(before) :]
     rest = [name for name in names if name not in done]
     if content and not content.endswith(b"\n") and [each["name"] for each in shown] == rest[1:]:
         rest = rest[1:]  # of whose line only the end was missing

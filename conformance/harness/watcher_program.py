@@ -231,7 +231,10 @@ def ended(child):
 
 
 def dying_at(number, act):
-    """An act that ends its process before the change of files with this number, from 0."""
+    """An act that ends its process at the change of files with this number, from 0.
+
+    Files are opened, and so made or emptied, before it ends; all else is not done any more.
+    """
 
     def hook(event, arguments):
         writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND
@@ -239,7 +242,9 @@ def dying_at(number, act):
         changes = event in ("os.rename", "os.remove", "os.truncate", "os.mkdir", "os.link")
         if arguments and arguments[0] != log and (opens or changes or event == "fcntl.flock"):
             seen.append(event)
-            if len(seen) > number:
+            if len(seen) == number + 1:
+                if opens and isinstance(arguments[0], (str, bytes)):
+                    os.open(arguments[0], arguments[2])
                 os._exit(77)
 
     seen = []

@@ -60,7 +60,10 @@ class Story:
         self.lines: list[str] = []
         self.last = "None"
         self.place = place
-        self.namespace: dict[str, Any] = {"checkpoint_watcher": subject}
+        self.namespace: dict[str, Any] = {
+            "__name__": "__main__",  # the module of classes that lines make
+            "checkpoint_watcher": subject,
+        }
 
     def __enter__(self) -> Story:
         """Make the folder of a run."""
