@@ -246,4 +246,6 @@ def assert_same_twice(distillation_loss: Subject, case: ModuleCase) -> None:
     call = case.call(distillation_loss.device)
     models = models_of(call)
     first, second = (loss_of_models(distillation_loss, models, call) for _ in range(2))
-    assert_identical(second, first, call, because="a second call with the same models")
+    assert_identical(
+        second.detach(), first.detach(), call, because="a second call with the same models"
+    )

@@ -51,6 +51,7 @@ class DistillationLoss:
         total = student_NV.new_zeros(())
         if alpha > 0:
             check_teacher(student, teacher, teacher_indices, teacher_logsumexp, vocab_size)
+            teacher = self.without_gradient(teacher)
             log_q, log_s = self.both_log_probabilities(
                 student_NV, teacher, valid_BT, temperature, teacher_indices, teacher_logsumexp
             )
@@ -76,6 +77,10 @@ class DistillationLoss:
         kept_NV = logits_BTV[:, :-1][valid_BT][:, :vocabulary]
         return kept_NV.to(torch.promote_types(kept_NV.dtype, torch.float32))
 
+    def without_gradient(self, teacher: Tensor) -> Tensor:
+        """The teacher's logits as constants."""
+        return teacher.detach()
+
     def number_of_targets(self, valid_BT: Tensor, num_items_in_batch: int | None) -> Tensor | int:
         """What sums are divided by: the valid targets of the global batch; 1 where there is none."""
         return num_items_in_batch or valid_BT.sum().clamp(min=1)
@@ -94,12 +99,12 @@ class DistillationLoss:
         """Tempered log probabilities of teacher and student, over the same outcomes."""
         log_s = self.tempered(student_NV, temperature)
         if indices is None:
-            teacher_NV = self.kept_logits(teacher.detach(), valid_BT, student_NV.shape[-1])
+            teacher_NV = self.kept_logits(teacher, valid_BT, student_NV.shape[-1])
             return self.tempered(teacher_NV, temperature), log_s
-        teacher_NK = self.kept_logits(teacher.detach(), valid_BT, teacher.shape[-1])
+        teacher_NK = self.kept_logits(teacher, valid_BT, teacher.shape[-1])
         indices_NK = indices[:, :-1][valid_BT]
         check_indices(indices_NK, student_NV.shape[-1])
-        wide_N = logsumexp.detach()[:, :-1][valid_BT].to(teacher_NK)
+        wide_N = logsumexp[:, :-1][valid_BT].to(teacher_NK)
         log_q = self.teacher_over_outcomes(teacher_NK, wide_N, temperature)
         return self.over_outcomes(log_q, log_s, indices_NK)
 
