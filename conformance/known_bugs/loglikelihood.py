@@ -353,6 +353,27 @@ class KeyedByText(LogLikelihood):
 
 
 @known_bug(
+    "eval-grouped-takes-first-logits",
+    contract="loglikelihood",
+    breaks="loglikelihood.sharing.split-anywhere",
+)
+class FirstLogitsOfTheGroup(LogLikelihood):
+    """Requests that show the model the same share its logits, from the longest continuation's first on."""
+
+    def loglikelihood(self, model, requests, **options):
+        self.longest = {}
+        for context, continuation in requests:
+            shown = (*context, *continuation[:-1])
+            self.longest[shown] = max(len(continuation), self.longest.get(shown, 0))
+        return super().loglikelihood(model, requests, **options)
+
+    def continuation_logits(self, logits_TV, row, padding_side):
+        shown_TV = logits_TV[self.token_columns(row, len(logits_TV), padding_side)]
+        longest = self.longest.get(row.shown, len(row.continuation))
+        return shown_TV[len(shown_TV) - longest :][: len(row.continuation)]
+
+
+@known_bug(
     "eval-duplicates-dropped",
     contract="loglikelihood",
     breaks="loglikelihood.order.repeated",
