@@ -37,12 +37,8 @@ class CheckpointFolder:
                 return None
             files = self.named_files()
             return files if files and all(map(self.is_whole, files)) else None
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-        ):  # a small file is half written, or gone
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            # A small file, or a header, is gone, half written, or of another form.
             return None
 
     def has_config(self) -> bool:
