@@ -30,7 +30,6 @@ from conformance.harness.distillation_checks import (
     assert_after,
     assert_as,
     assert_as_whole,
-    assert_both,
     assert_disjoint,
     assert_finite_differences,
     assert_large,
@@ -130,13 +129,6 @@ def test_cross_entropy_is_that_of_the_next_token(distillation_loss, case):
 def test_alpha_weighs_the_divergence(distillation_loss, case):
     """The loss is ``alpha`` times the divergence and 1 − ``alpha`` times the cross entropy."""
     assert_oracle(distillation_loss, case)
-
-
-@requirement("distillation_loss.options.defaults", source=SOURCE)
-@given(case=distillation_cases(alpha=0.5))
-def test_defaults_are_half_and_half(distillation_loss, case):
-    """Without options it is half forward KL and half cross entropy, at temperature 1."""
-    assert_both(distillation_loss, float32(distillation_loss, case).without("alpha"))
 
 
 @requirement("distillation_loss.options.any-combination", source=SOURCE)

@@ -95,6 +95,14 @@ class MixtureOfProbabilities(DistillationLoss):
         return mixture_NO.clamp(min=torch.finfo(mixture_NO.dtype).tiny).log()
 
 
+@correct_variant("distillation-constant-mixture", contract="distillation_loss")
+class ConstantMixture(DistillationLoss):
+    """The mixture has no gradient: Σ (β q + (1 − β) s) d log m = Σ dm, and that is 0."""
+
+    def mixture(self, log_q_NO, log_s_NO, beta):
+        return super().mixture(log_q_NO, log_s_NO, beta).detach()
+
+
 @correct_variant("distillation-logsumexp", contract="distillation_loss")
 class ByTheNormaliser(DistillationLoss):
     """Log probabilities are logits less their logsumexp; T² is applied to the logits' gradient."""

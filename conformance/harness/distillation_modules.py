@@ -26,7 +26,7 @@ from conformance.harness.distillation_cases import (
     distillation_cases,
 )
 from conformance.harness.distillation_checks import assert_zero, checked
-from conformance.harness.distillation_oracle import loss_of
+from conformance.harness.distillation_oracle import loss_of, ones_for
 from conformance.harness.failures import ConformanceFailure, failing_at
 from conformance.harness.lanes import EXACT
 from conformance.harness.memo import remembered
@@ -179,15 +179,15 @@ def expected_of_models(call: Call) -> Differentiated:
     loss = loss_of(labels.clone(), models.options)
     inputs = {name: p.detach().cpu() for name, p in models.student.named_parameters()}
     inputs |= {f"teacher {n}": p.detach().cpu() for n, p in models.teacher.named_parameters()}
-    for name in ("of_student", "of_teacher", "of_mixture"):
-        inputs[name] = torch.ones(*labels.shape, case.of.vocab)
+    ones = ones_for(labels, case.of.vocab, torch.float32)
+    inputs |= ones
     louder = LOUDER if case.student_trains else 1.0
 
     def function(**given: Tensor) -> tuple[Tensor]:
         student = louder * given[EMBEDDING][ids] @ given[WEIGHT].T + given[BIAS]
         table, weight, bias = (given[f"teacher {n}"].detach() for n in (EMBEDDING, WEIGHT, BIAS))
-        ones = {name: given[name] for name in ("of_student", "of_teacher", "of_mixture")}
-        return loss(student=student, teacher=table[ids] @ weight.T + bias, **ones)
+        rounding = {name: given[name] for name in ones}
+        return loss(student=student, teacher=table[ids] @ weight.T + bias, **rounding)
 
     return differentiate(function, inputs, torch.float32, case.seed)
 

@@ -36,7 +36,8 @@ def loss_of(labels_BT: Tensor, options: dict[str, Any]) -> Function:
 
     ``of_teacher``, ``of_student`` and ``of_mixture`` [B, T, O] are ones, by which log probabilities are
     multiplied: moved at random they give the noise of rounding them, which in the divergence of nearly
-    equal distributions is all that there is.
+    equal distributions is all that there is. ``of_normalisers`` [B, T, 3] do so to log Σ exp of the
+    student, the teacher and the cross entropy, which may be taken from large logits.
     """
     alpha, temperature = options.get("alpha", 0.5), options.get("temperature", 1.0)
     next_BT = labels_BT.roll(-1, dims=1)
@@ -51,22 +52,24 @@ def loss_of(labels_BT: Tensor, options: dict[str, Any]) -> Function:
         of_student: Tensor,
         of_teacher: Tensor,
         of_mixture: Tensor,
+        of_normalisers: Tensor,
         logsumexp: Tensor | None = None,
     ) -> tuple[Tensor]:
         vocabulary = options.get("vocab_size") or student.shape[-1]
         student = student[..., :vocabulary]
         total = student.new_zeros(())
+        of_first, of_second, of_third = of_normalisers.split(1, dim=-1)
         if alpha > 0:
-            log_s = log_probabilities(student / temperature)
+            log_s = log_probabilities(student / temperature, of_first)
             if indices is None:
-                log_q = log_probabilities(teacher[..., :vocabulary] / temperature)
+                log_q = log_probabilities(teacher[..., :vocabulary] / temperature, of_second)
             else:
                 log_q, log_s = outcomes(teacher / temperature, logsumexp, log_s, indices)
             each_BT = divergence(log_q * of_teacher, log_s * of_student, of_mixture, options)
             total = total + alpha * temperature**2 * torch.where(valid_BT, each_BT, 0).sum()
         if alpha < 1:
             chosen = F.one_hot(torch.where(valid_BT, next_BT, 0), vocabulary).to(torch.bool)
-            log_p = torch.where(chosen, log_probabilities(student), 0).sum(-1)
+            log_p = torch.where(chosen, log_probabilities(student, of_third), 0).sum(-1)
             rounding = of_student[..., 0]
             total = total - (1 - alpha) * torch.where(valid_BT, log_p * rounding, 0).sum()
         return ((total / count)[None],)
@@ -74,9 +77,9 @@ def loss_of(labels_BT: Tensor, options: dict[str, Any]) -> Function:
     return loss
 
 
-def log_probabilities(scores: Tensor) -> Tensor:
-    """The logarithm of a softmax."""
-    return scores - torch.logsumexp(scores, dim=-1, keepdim=True)
+def log_probabilities(scores: Tensor, of_normaliser: Tensor) -> Tensor:
+    """The logarithm of a softmax, with its normaliser times what stands for rounding it."""
+    return scores - of_normaliser * torch.logsumexp(scores, dim=-1, keepdim=True)
 
 
 def outcomes(
@@ -118,6 +121,13 @@ def expected_log(log_p: Tensor, log_r: Tensor) -> Tensor:
     return (log_p.exp() * torch.where(log_p > -torch.inf, log_r, 0)).sum(-1)
 
 
+def ones_for(labels: Tensor, outcomes: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What stands for rounding in :func:`loss_of`, by name."""
+    sizes = dict.fromkeys(("of_student", "of_teacher", "of_mixture"), outcomes)
+    sizes["of_normalisers"] = 3
+    return {name: torch.ones(*labels.shape, size, dtype=dtype) for name, size in sizes.items()}
+
+
 @remembered
 def expected(call: Call) -> Differentiated:
     """The loss of a call and its gradient, with the noise of a computation in float32."""
@@ -130,8 +140,7 @@ def expected(call: Call) -> Differentiated:
     if "teacher_indices" in options:
         given = min(teacher.shape[-1] + 1, vocabulary)
         inputs["logsumexp"] = options["teacher_logsumexp"]
-    for name in ("of_student", "of_teacher", "of_mixture"):
-        inputs[name] = torch.ones(*labels.shape, given, dtype=wide)
+    inputs |= ones_for(labels, given, wide)
     function = loss_of(on_cpu(labels).clone(), options)
     return differentiate(function, inputs, wide, call.case.seed)
 
