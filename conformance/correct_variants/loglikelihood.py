@@ -208,7 +208,8 @@ class PlainObjects(LogLikelihood):
     """Refuses with assertions, asks the model by keyword, and gives namespaces."""
 
     def check_request(self, number, context, continuation, vocab_size, limit):
-        assert len(context) > 0 and 0 < len(continuation) <= limit
+        assert len(context) > 0
+        assert 0 < len(continuation) <= limit
         assert all(id in range(vocab_size) for id in [*context, *continuation])
 
     def run_model(self, model, input_ids, **inputs):

@@ -368,8 +368,11 @@ def assert_other_requests(subject: Subject, case: LikelihoodCase) -> None:
     """Other requests of one model have their own scores, and the first ones again theirs."""
     exchanged = tuple((b, a) for a, b in case.requests)
     both = (case.requests, exchanged, case.requests)
-    for call in (replace(case, requests=x).call(torch.float32, subject.device) for x in both):
-        compare(ran(subject, call), call)
+    calls = [replace(case, requests=x).call(torch.float32, subject.device) for x in both]
+    model = calls[0].named("model")
+    for call in calls:
+        _, options = call.values()
+        compare(ran_with(subject, call, model, call.named("requests"), options), call)
 
 
 @contextmanager

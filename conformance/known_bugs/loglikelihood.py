@@ -358,7 +358,7 @@ class KeyedByText(LogLikelihood):
     breaks="loglikelihood.sharing.split-anywhere",
 )
 class FirstLogitsOfTheGroup(LogLikelihood):
-    """Requests that show the model the same share its logits, from the longest continuation's first on."""
+    """Requests that show the model the same share logits: the longest continuation's first ones."""
 
     def loglikelihood(self, model, requests, **options):
         self.longest = {}
