@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -86,6 +87,9 @@ def words_of(ids: list[int]) -> str:
     return " ".join(WORDS[i - 3] for i in ids)
 
 
+TEXTS = documents(40, seed=1)
+
+
 @torch.no_grad()
 def divergence(teacher, student, rows: list[list[int]]) -> float:
     """Mean KL(teacher ‖ student) of a next token, in nats, by transformers' modules one row a time."""
@@ -99,6 +103,49 @@ def divergence(teacher, student, rows: list[list[int]]) -> float:
         total += float((q.exp() * (q - s)).sum())
         count += len(q)
     return total / count
+
+
+def run_options(models: Path, output: Path, **changes):
+    """Options of a run of three steps on the models of a folder."""
+    from reference_impl.shared_core.distillation import DistillationOptions
+
+    options = DistillationOptions(
+        student=str(models / "student"),
+        teacher=str(models / "teacher"),
+        data=TEXTS,
+        output=str(output),
+        steps=3,
+        batch_size=4,
+        lr=5e-3,
+        device="cpu",
+        save_steps=1,
+        progress=False,
+    )
+    return with_(options, **changes)
+
+
+def with_(options, **changes):
+    """The options with some changed."""
+    return dataclasses.replace(options, **changes)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every parameter of a folder's model, by name."""
+    from reference_impl.shared_core.trained_model import load_model
+
+    return {name: p.detach() for name, p in load_model(folder).parameters().items()}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether both folders hold the same bits."""
+    first, second = weights(one), weights(other)
+    same = [torch.equal(weight, second[name]) for name, weight in first.items()]
+    return first.keys() == second.keys() and all(same)
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names of what is in a folder, of files that are being written, too."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def make_tasks(folder: Path) -> Path:

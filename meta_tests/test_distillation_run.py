@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -15,13 +15,17 @@ import pytest
 import torch
 from command_line import ROOT, environment
 from small_distillation import (
-    VOCABULARY,
+    TEXTS,
     divergence,
     documents,
     make_student,
     make_tasks,
     make_teacher,
-    save_tokenizer,
+    names_in,
+    run_options,
+    same_weights,
+    weights,
+    with_,
     words_of,
 )
 
@@ -30,15 +34,12 @@ pytest.importorskip("accelerate")
 from reference_impl.shared_core import distillation_trainer, loss_curve
 from reference_impl.shared_core.__main__ import main
 from reference_impl.shared_core.checkpoint import load_compressed_model
-from reference_impl.shared_core.distillation import DistillationOptions, distil, make_trainer
-from reference_impl.shared_core.distillation_data import IGNORED, collate, read_rows
+from reference_impl.shared_core.distillation import distil, make_trainer
 from reference_impl.shared_core.evaluation import evaluate_model
 from reference_impl.shared_core.loss_curve import read_csv
 from reference_impl.shared_core.parameter_groups import parameter_groups
 from reference_impl.shared_core.trained_model import load_model
-from reference_impl.stored import CheckpointError
 
-TEXTS = documents(40, seed=1)
 HELD_OUT = documents(20, seed=2)
 
 
@@ -54,40 +55,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def options(models, tmp_path):
     """Options of a run of three steps."""
-    return DistillationOptions(
-        student=str(models / "student"),
-        teacher=str(models / "teacher"),
-        data=TEXTS,
-        output=str(tmp_path / "run"),
-        steps=3,
-        batch_size=4,
-        lr=5e-3,
-        device="cpu",
-        save_steps=1,
-        progress=False,
-    )
-
-
-def with_(options, **changes):
-    """The options with some changed."""
-    return dataclasses.replace(options, **changes)
-
-
-def weights(folder):
-    """Every parameter of a folder's model, by name."""
-    return {name: p.detach() for name, p in load_model(folder).parameters().items()}
-
-
-def assert_same_weights(one, other):
-    """Both folders hold the same bits."""
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-def names_in(folder):
-    """The names of what is in a folder, those of files that are being written included."""
-    return sorted(path.name for path in folder.iterdir())
+    return run_options(models, tmp_path / "run")
 
 
 # The bar
@@ -117,7 +85,7 @@ def test_a_compressed_model_is_distilled_resumed_exported_and_evaluated(options,
     middle = tmp_path / "resumed" / "checkpoint-30"
     shutil.copytree(tmp_path / "run" / "checkpoint-30", middle)
     again = distil(resumed)
-    assert_same_weights(done.folder, again.folder)
+    assert same_weights(done.folder, again.folder)
     assert again.curve == done.curve
     assert [row["step"] for row in again.curve] == list(range(1, 61))
 
@@ -162,7 +130,7 @@ def test_an_ordinary_student_is_resumed_with_its_experts(options, tmp_path):
     done = distil(given)
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     again = distil(with_(given, output=str(tmp_path / "again"), resume=True))
-    assert_same_weights(done.folder, again.folder)
+    assert same_weights(done.folder, again.folder)
     assert again.curve == done.curve
 
 
@@ -236,19 +204,10 @@ def still_student(models, folder):
 
 def in_float64(models, folder, **changes):
     """The parameters after two steps in float64, of a student without dropout."""
-    given = DistillationOptions(
-        student=str(still_student(models, folder)),
-        teacher=str(models / "teacher"),
-        data=TEXTS,
-        output=str(folder / "-".join(f"{value}" for value in changes.values())),
-        steps=2,
-        lr=1e-3,
-        dtype="float64",
-        device="cpu",
-        progress=False,
-        **changes,
-    )
-    done = distil(given)
+    name = "-".join(map(str, changes.values()))
+    student = str(still_student(models, folder))
+    given = run_options(models, folder / name, student=student, steps=2, lr=1e-3, **changes)
+    done = distil(with_(given, dtype="float64"))
     return weights(done.folder), done.curve
 
 
@@ -272,23 +231,11 @@ def test_two_ranks_are_one_batch(models, tmp_path):
     student = still_student(models, tmp_path)
     text = tmp_path / "ids.jsonl"
     text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in TEXTS))
-    given = [
-        "--steps",
-        "3",
-        "--lr",
-        "1e-3",
-        "--dtype",
-        "float64",
-        "--device",
-        "cpu",
-        "--quiet",
-        "--save-steps",
-        "2",
-    ]
+    given = "--steps=3 --lr=1e-3 --dtype=float64 --device=cpu --quiet --save-steps=2"
     for name, ranks, batch in (("one", 1, 8), ("two", 2, 4)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={ranks}", "-m", "reference_impl.shared_core", "distil"]
-        command += [student, models / "teacher", text, tmp_path / name, *given]
+        command += [student, models / "teacher", text, tmp_path / name, *given.split()]
         done = subprocess.run(
             [*map(str, command), "--batch-size", str(batch)],
             env=environment() | {"OMP_NUM_THREADS": "1"},
@@ -335,6 +282,32 @@ def test_a_crash_while_saving_leaves_no_checkpoint(options, tmp_path, monkeypatc
     assert load_model(resumed.folder)
 
 
+def test_a_killed_process_leaves_no_checkpoint(options, tmp_path, monkeypatch):
+    """What it wrote has another name, which no watcher takes; the resumed run removes it."""
+    trainer = distillation_trainer.DistillationTrainer
+    kept = trainer._save_rng_state
+
+    def end_at_second(self, *arguments, **further):
+        if self.state.global_step == 2:
+            os._exit(9)
+        return kept(self, *arguments, **further)
+
+    whole = distil(with_(options, output=str(tmp_path / "whole")))
+    monkeypatch.setattr(trainer, "_save_rng_state", end_at_second)
+    child = os.fork()
+    if child == 0:
+        try:
+            distil(options)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert names_in(tmp_path / "run") == [".checkpoint-2.tmp", "checkpoint-1", "loss_curve.csv"]
+    monkeypatch.undo()
+    resumed = distil(with_(options, resume=True))
+    assert same_weights(whole.folder, resumed.folder)
+    assert ".checkpoint-2.tmp" not in names_in(tmp_path / "run")
+
+
 def test_a_checkpoint_is_whole_and_the_default_saving_is_not_run(options, tmp_path):
     """It is a compressed model with what resuming needs; nothing of Trainer's own weights."""
     distil(with_(options, steps=1))
@@ -343,7 +316,7 @@ def test_a_checkpoint_is_whole_and_the_default_saving_is_not_run(options, tmp_pa
         *names
     }
     assert not [name for name in names if name.startswith(("model", "training_args", "pytorch"))]
-    assert_same_weights(tmp_path / "run" / "checkpoint-1", tmp_path / "run" / "model")
+    assert same_weights(tmp_path / "run" / "checkpoint-1", tmp_path / "run" / "model")
 
 
 def test_the_limit_keeps_the_newest_checkpoints(options, tmp_path):
@@ -367,7 +340,7 @@ def test_a_run_that_is_resumed_is_the_same_run(options, tmp_path, steps):
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "run" / f"checkpoint-{steps}", again / f"checkpoint-{steps}")
     resumed = distil(with_(given, output=str(again), resume=True))
-    assert_same_weights(done.folder, resumed.folder)
+    assert same_weights(done.folder, resumed.folder)
     for name in ("loss_curve.csv", "loss_curve.png"):
         assert (again / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
@@ -381,7 +354,7 @@ def test_resuming_over_the_end_of_an_epoch(options, tmp_path):
         checkpoint = again / f"checkpoint-{step}"
         shutil.copytree(tmp_path / "run" / checkpoint.name, checkpoint)
         resumed = distil(with_(given, output=str(again), resume=str(checkpoint)))
-        assert_same_weights(done.folder, resumed.folder)
+        assert same_weights(done.folder, resumed.folder)
         assert resumed.curve == done.curve
 
 
@@ -426,150 +399,7 @@ def missing(package, extra, purpose):
     raise error.value
 
 
-# The teacher's cache
-
-
-def test_a_cache_of_all_logits_gives_the_same_run(options, tmp_path, monkeypatch):
-    """And the file alone does, once it is there: the teacher is not loaded again."""
-    cache = str(tmp_path / "cache.safetensors")
-    live = distil(options)
-    cached = with_(options, teacher_cache=cache, teacher_top_k=VOCABULARY)
-    for name in ("first", "second"):
-        found = distil(with_(cached, output=str(tmp_path / name)))
-        for row, expected in zip(found.curve, live.curve):
-            assert row == pytest.approx(expected, rel=1e-4)
-        monkeypatch.setattr("reference_impl.shared_core.distillation.LiveTeacher", None)
-    assert_same_weights(tmp_path / "first" / "model", tmp_path / "second" / "model")
-
-
-def test_a_cache_with_few_logits_has_a_smaller_divergence(options, tmp_path):
-    """What is lost is one outcome more: coarser distributions are never further apart."""
-    live = distil(with_(options, steps=1)).curve[0]["kl"]
-    given = with_(options, steps=1, teacher_cache=str(tmp_path / "cache.safetensors"))
-    few = distil(with_(given, teacher_top_k=4, output=str(tmp_path / "few"))).curve[0]["kl"]
-    assert 0.2 * live < few < live
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"temperature": 1.5}, "temperature: is 2.0, this run has 1.5"),
-        ({"data": TEXTS[1:]}, "data: is "),
-        ({"teacher_top_k": 5}, "k: is 4, this run has 5"),
-        ({"teacher": "other"}, "teacher: is "),
-    ],
-)
-def test_a_cache_of_something_else_is_refused(options, models, tmp_path, changes, named):
-    cache = tmp_path / "cache.safetensors"
-    given = with_(options, teacher_cache=str(cache), teacher_top_k=4)
-    make_trainer(given)
-    if "teacher" in changes:
-        make_teacher(tmp_path / "other", seed=9)
-        changes = {"teacher": str(tmp_path / "other")}
-    with pytest.raises(CheckpointError) as error:
-        make_trainer(with_(given, **changes))
-    assert f"{cache}: {named}" in str(error.value)
-
-
-# Data
-
-
-def test_rows_are_cut_and_filled_up(tmp_path):
-    """An id that serves as padding is a target where it is real."""
-    rows = read_rows([[3, 0, 4, 5, 6], [7], [0, 0]], max_length=4, vocab_size=8, tokenizer="")
-    assert [row.tolist() for row in rows.ids] == [[3, 0, 4, 5], [0, 0]]
-    batch = collate([rows[0], rows[1]])
-    assert batch["labels"].tolist() == [[3, 0, 4, 5], [0, 0, IGNORED, IGNORED]]
-    assert batch["attention_mask"].tolist() == [[1] * 4, [1, 1, 0, 0]]
-
-
-def test_files_of_each_format_hold_the_same_rows(tmp_path):
-    """Text through the tokenizer, ids as JSON, and tensors with lengths."""
-    from safetensors.torch import save_file
-
-    save_tokenizer(tmp_path)
-    texts = TEXTS[:3]
-    (tmp_path / "a.txt").write_text("\n\n".join(map(words_of, texts)))
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"input_ids": x}) + "\n" for x in texts))
-    (tmp_path / "c.jsonl").write_text(
-        "".join(json.dumps({"text": words_of(x)}) + "\n" for x in texts)
-    )
-    ids = torch.zeros(3, 30, dtype=torch.int32)
-    for row, text in zip(ids, texts):
-        row[: len(text)] = torch.tensor(text)
-    lengths = torch.tensor([len(text) for text in texts])
-    save_file({"input_ids": ids, "lengths": lengths}, tmp_path / "d.safetensors")
-    for name in ("a.txt", "b.jsonl", "c.jsonl", "d.safetensors"):
-        given = {"max_length": 50, "vocab_size": VOCABULARY, "tokenizer": str(tmp_path)}
-        rows = read_rows(tmp_path / name, **given)
-        assert [row.tolist() for row in rows.ids] == texts, name
-
-
-# Mistakes
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"alpha": 1.5}, "alpha is 1.5"),
-        ({"divergence": "kl"}, "divergence is 'kl'"),
-        ({"steps": 0}, "steps is 0, expected at least 1"),
-        ({"lr": math.nan}, "lr is nan"),
-        ({"schedule": "up"}, "schedule is 'up', expected one of constant, linear, cosine"),
-        ({"dtype": "float16"}, "dtype is 'float16'"),
-        ({"data": "none.jsonl"}, "none.jsonl: is not a file"),
-        (
-            {"data": [[3, VOCABULARY]]},
-            f"row 1: has id {VOCABULARY}, the vocabulary has {VOCABULARY}",
-        ),
-        ({"data": [[3]]}, "holds no row of two tokens"),
-        ({"student": "nowhere"}, "nowhere"),
-        ({"resume": "nowhere"}, "nowhere: is not a directory"),
-        ({"multipliers": (("nothing", 0.0),)}, "matches no parameter"),
-    ],
-)
-def test_mistakes_are_errors_before_the_first_step(options, tmp_path, changes, named):
-    with pytest.raises((ValueError, CheckpointError)) as error:
-        distil(with_(options, **changes))
-    assert named in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists() or names_in(tmp_path / "run") == []
-
-
-def test_vocabularies_that_differ_are_refused(options, tmp_path):
-    """By their width, and by their words."""
-    make_teacher(tmp_path / "wide", vocab_size=VOCABULARY + 4)
-    with pytest.raises(ValueError, match=f"has {VOCABULARY} ids, the teacher's {VOCABULARY + 4}"):
-        distil(with_(options, teacher=str(tmp_path / "wide")))
-    padded = with_(options, teacher=str(tmp_path / "wide"), vocab_size=VOCABULARY, steps=1)
-    assert math.isfinite(distil(padded).curve[0]["loss"])
-    other = tmp_path / "other"
-    shutil.copytree(options.teacher, other)
-    text = (other / "tokenizer.json").read_text()
-    (other / "tokenizer.json").write_text(text.replace('"w3"', '"W3"'))
-    with pytest.raises(ValueError, match="'W3' has id None for the student and 6 for the teacher"):
-        distil(with_(options, teacher=str(other), output=str(tmp_path / "second")))
-
-
-def test_runs_are_not_mixed(options, tmp_path):
-    """Neither a new one with the checkpoints of an earlier one, nor settings that differ."""
-    distil(with_(options, steps=1))
-    with pytest.raises(ValueError, match="holds checkpoint-1 of an earlier run"):
-        distil(options)
-    with pytest.raises(CheckpointError, match=r"alpha: is 0.5, now given as 0.25"):
-        distil(with_(options, steps=1, resume=True, alpha=0.25))
-    (tmp_path / "run" / "checkpoint-1" / "optimizer.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"optimizer.pt: is missing"):
-        distil(with_(options, steps=1, resume=True))
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(options, tmp_path):
-    """With its step, and without a checkpoint of such weights."""
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d"):
-        distil(with_(options, lr=1e30, max_grad_norm=0.0))
-    for checkpoint in distillation_trainer.checkpoints_in(tmp_path / "run"):
-        assert all(bool(torch.isfinite(w).all()) for w in weights(checkpoint).values())
+# As it is used
 
 
 def test_command_line_distils_and_goes_on(models, tmp_path, capsys):

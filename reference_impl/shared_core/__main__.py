@@ -90,8 +90,34 @@ def add_evaluation(command: argparse.ArgumentParser, place: str, what: str) -> N
     command.add_argument("--tokenizer", help="folder of the tokenizer (default: the model's)")
 
 
+DISTIL = {
+    "steps": (int, "of training (default: 1000)"),
+    "batch_size": (int, "rows of a micro-batch on a rank (default: 8)"),
+    "accumulation": (int, "micro-batches of a step (default: 1)"),
+    "max_length": (int, "tokens of a row; longer documents are cut (default: 512)"),
+    "lr": (float, "learning rate (default: 0.0001)"),
+    "schedule": (str, "of the learning rate: constant, linear or cosine (default: cosine)"),
+    "warmup_steps": (int, "(default: 0)"),
+    "weight_decay": (float, "(default: 0)"),
+    "max_grad_norm": (float, "gradients are scaled down to it, 0 leaves them (default: 1)"),
+    "alpha": (float, "share of the divergence in the loss (default: 0.5)"),
+    "temperature": (float, "of both distributions (default: 2)"),
+    "divergence": (str, "forward_kl, reverse_kl or jsd (default: forward_kl)"),
+    "beta": (float, "weight of jsd (default: 0.5)"),
+    "vocab_size": (int, "columns from this one on are padding (default: none)"),
+    "teacher_cache": (str, "file of the teacher's largest logits, made if it is not there"),
+    "teacher_top_k": (int, "logits of a token in it (default: 64)"),
+    "seed": (int, "(default: 0)"),
+    "dtype": (str, "of the student: float32 or float64 (default: float32)"),
+    "device": (str, "cpu (default: an accelerator where there is one)"),
+    "save_steps": (int, "between two checkpoints (default: 100)"),
+    "save_total_limit": (int, "how many checkpoints are kept (default: all)"),
+}
+"""Options of a distillation run, by their names in DistillationOptions."""
+
+
 def add_distil(command: argparse.ArgumentParser) -> None:
-    """What a distillation run is told; defaults are those of DistillationOptions."""
+    """What a distillation run is told."""
     for name, what in (
         ("student", "folder of the model to train, compressed or ordinary"),
         ("teacher", "folder of the model to learn from"),
@@ -99,15 +125,9 @@ def add_distil(command: argparse.ArgumentParser) -> None:
         ("output", "the folder of the run"),
     ):
         command.add_argument(name, help=what)
-    for kind, names in {
-        int: "steps batch_size accumulation warmup_steps max_length save_steps save_total_limit"
-        " seed vocab_size teacher_top_k",
-        float: "lr weight_decay max_grad_norm alpha temperature beta",
-        str: "schedule divergence dtype device teacher_cache",
-    }.items():
-        for name in names.split():
-            flag = f"--{name.replace('_', '-')}"
-            command.add_argument(flag, type=kind, default=argparse.SUPPRESS)
+    for name, (kind, what) in DISTIL.items():
+        flag = f"--{name.replace('_', '-')}"
+        command.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=what)
     command.add_argument(
         "--multiplier",
         action="append",

@@ -9,8 +9,7 @@ Source: LawrenceRLiu/MoE_Factorize_Compress, ``src/distillation_trainer.py``; wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +114,7 @@ def distil(options: DistillationOptions) -> Distilled:
     """
     check_options(options)
     need("accelerate", "distillation", "distillation")
-    from reference_impl.shared_core.distillation_trainer import remove_leftovers
+    from reference_impl.shared_core.distillation_trainer import quiet_transformers, remove_leftovers
 
     with quiet_transformers():
         trainer = make_trainer(options)
@@ -128,7 +127,10 @@ def distil(options: DistillationOptions) -> Distilled:
 
 def make_trainer(options: DistillationOptions) -> DistillationTrainer:
     """Read and check everything; nothing is trained yet."""
-    from reference_impl.shared_core.distillation_trainer import DistillationTrainer
+    from reference_impl.shared_core.distillation_trainer import (
+        DistillationTrainer,
+        training_arguments,
+    )
 
     args = training_arguments(options)
     check_vocabularies(options.student, options.teacher, options.vocab_size)
@@ -200,35 +202,6 @@ def make_teacher(
     return CachedTeacher(path, rows, facts)
 
 
-def training_arguments(options: DistillationOptions) -> Any:
-    """What transformers' Trainer is told."""
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=options.output,
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.lr,
-        lr_scheduler_type=options.schedule,
-        warmup_steps=options.warmup_steps,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        seed=options.seed,
-        data_seed=options.seed,
-        use_cpu=options.device == "cpu",
-        save_steps=options.save_steps,
-        save_total_limit=options.save_total_limit,
-        # Of every step, so that no part of a sum is lost between a log and a checkpoint.
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        report_to="none",
-        dataloader_pin_memory=options.device != "cpu",
-    )
-
-
 def starting_point(options: DistillationOptions, trainer: DistillationTrainer) -> Path | None:
     """The checkpoint to go on from; None for a run from the beginning.
 
@@ -278,17 +251,3 @@ def check_options(options: DistillationOptions) -> None:
         if getattr(options, name) not in known:
             shown = ", ".join(map(str, known))
             raise ValueError(f"{name} is {getattr(options, name)!r}, expected one of {shown}")
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without its bars while models are loaded, which say nothing about the run."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

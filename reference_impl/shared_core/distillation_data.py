@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reference_impl.safetensors_files import open_safetensors
 from reference_impl.shared_core.distillation_loss import IGNORED
+from reference_impl.shared_core.trained_model import read_tokenizer
 from reference_impl.stored import CheckpointError
 
 
@@ -135,7 +136,7 @@ def from_safetensors(path: Path) -> Iterator[list[int]]:
 
 def from_lines(path: Path, tokenizer: str) -> Iterator[tuple[int, Any]]:
     """A document a line: as JSON ``{"input_ids": […]}`` or ``{"text": "…"}``, else plain text."""
-    encode = None
+    reader = None
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -144,8 +145,8 @@ def from_lines(path: Path, tokenizer: str) -> Iterator[tuple[int, Any]]:
             if path.suffix == ".jsonl":
                 found = from_json(line, f"{path}, line {number}")
             if isinstance(found, str):
-                encode = encode or encoder(tokenizer)
-                found = encode(found)
+                reader = reader or read_tokenizer(tokenizer)
+                found = reader(found)["input_ids"]
             yield number, found
 
 
@@ -159,14 +160,3 @@ def from_json(line: str, source: str) -> Any:
         if isinstance(found, Mapping) and name in found:
             return found[name]
     raise CheckpointError(source, "has neither input_ids nor text")
-
-
-def encoder(folder: str) -> Any:
-    """What gives the ids of a text, with the tokenizer beside a model."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(folder, "has no tokenizer, which text needs") from error
-    return lambda text: tokenizer(text)["input_ids"]

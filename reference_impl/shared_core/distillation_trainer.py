@@ -17,14 +17,16 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from reference_impl.hf_directory import read_json
 from reference_impl.shared_core.distillation_data import Rows, collate, valid_targets
@@ -35,11 +37,53 @@ from reference_impl.shared_core.parameter_groups import parameter_groups
 from reference_impl.shared_core.trained_model import TrainedModel, load_model
 from reference_impl.stored import CheckpointError
 
+if TYPE_CHECKING:
+    from reference_impl.shared_core.distillation import DistillationOptions
+
 SETTINGS = "distillation.json"
 """What a run was made with, in each of its checkpoints."""
 NEEDED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", SETTINGS)
 """What resuming needs beside the weights and the states of random numbers."""
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def training_arguments(options: DistillationOptions) -> TrainingArguments:
+    """What Trainer is told."""
+    return TrainingArguments(
+        output_dir=options.output,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.lr,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup_steps,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        seed=options.seed,
+        data_seed=options.seed,
+        use_cpu=options.device == "cpu",
+        save_steps=options.save_steps,
+        save_total_limit=options.save_total_limit,
+        # Of every step, so that no part of a sum is lost between a log and a checkpoint.
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        report_to="none",
+        dataloader_pin_memory=options.device != "cpu",
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its bars while models are loaded, which say nothing about the run."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class DistillationTrainer(Trainer):

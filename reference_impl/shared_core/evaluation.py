@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from reference_impl.shared_core.extras import need
-from reference_impl.shared_core.trained_model import load_model
+from reference_impl.shared_core.trained_model import load_model, read_tokenizer
 from reference_impl.stored import CheckpointError
 
 
@@ -44,7 +44,7 @@ def evaluate_model(
     with same_random_numbers():
         wrapped = HFLM(
             pretrained=model.module,
-            tokenizer=read_tokenizer(Path(tokenizer or folder)),
+            tokenizer=read_tokenizer(tokenizer or folder),
             backend="causal",
             batch_size=batch_size,
         )
@@ -61,7 +61,8 @@ def evaluate_model(
 
 def check_task(task: str | Path) -> list[dict[str, Any] | str]:
     """The tasks, raised for before a model is loaded or a checkpoint waited for."""
-    need("lm_eval", "eval", "evaluation")
+    for package in ("lm_eval", "accelerate"):
+        need(package, "eval", "evaluation")
     return read_tasks(Path(task))
 
 
@@ -127,16 +128,6 @@ def beside(task: Path, files: Any) -> Any:
     if not path.is_file():
         raise CheckpointError(str(path), f"is missing: {task} names it")
     return str(path)
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer beside a model."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(str(folder), "has no tokenizer") from error
 
 
 @contextmanager

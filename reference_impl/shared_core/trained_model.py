@@ -25,6 +25,9 @@ from reference_impl.stored import CheckpointError
 WEIGHTS = (".safetensors", ".bin", ".pt")
 """How the names of files of weights end."""
 
+TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
+"""Files that have the words of a tokenizer, of which one must be there."""
+
 
 @dataclass
 class TrainedModel:
@@ -103,6 +106,24 @@ def ordinary(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         for key in report[kind]:
             raise CheckpointError(str(folder), kind.replace("_keys", ""), key=str(key))
     return model
+
+
+def read_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer beside a model; raises :class:`CheckpointError` where there is none.
+
+    Files are looked for here: without them transformers makes one of the model's type, without words.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(path for pattern in TOKENIZERS for path in Path(folder).glob(pattern)):
+        raise CheckpointError(str(folder), "has no tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            str(folder), f"has a tokenizer that cannot be read: {reason}"
+        ) from error
 
 
 def frozen(model: TrainedModel) -> TrainedModel:
