@@ -472,7 +472,7 @@ def test_a_process_that_ends_in_an_evaluation_has_done_the_others(checkpoint_wat
 @requirement("checkpoint_watcher.ends.at-files", source=WATCHED)
 @given(case=watcher_cases(kinds=("single",)))
 def test_a_process_may_end_at_any_change_of_files(checkpoint_watcher, case):
-    """Killed before it opens, locks or renames a file, it leaves what the next watcher goes on with."""
+    """Killed where it opens, locks or renames a file, it leaves what the next watcher goes on with."""
     ends.assert_dies_at_files(checkpoint_watcher, case)
 
 

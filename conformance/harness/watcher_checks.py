@@ -14,7 +14,7 @@ def assert_numeric_order(subject: Subject, case: WatcherCase) -> None:
     with Story(subject, case) as story:
         story.write_all()
         story.watch()
-        story.poll(*case.names, because="in numeric order")
+        story.poll(*case.names, because="of steps that are numbers")
 
 
 def assert_order_of_results(subject: Subject, case: WatcherCase) -> None:

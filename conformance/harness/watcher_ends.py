@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from conformance.harness.subject import Subject
 from conformance.harness.watcher_cases import WatcherCase
 from conformance.harness.watcher_checks import assert_gave
@@ -123,7 +125,7 @@ EVENTS = 3
 
 
 def assert_dies_at_files(subject: Subject, case: WatcherCase) -> None:
-    """The process ends before it opens, locks, renames, or removes a file."""
+    """The process ends where it opens, locks, renames, or removes a file."""
     for number in range(case.which % EVENTS, 60, EVENTS):
         with Story(subject, case) as story:
             story.write_all()
@@ -162,7 +164,7 @@ def assert_dies_writing(subject: Subject, case: WatcherCase) -> None:
         story.write_all()
         story.acts(case.chosen, f"dying_in_write({(0, 1, 17, 60, 100)[case.which % 5]})")
         story.do(f"status = {CHILD.format(f'lambda: {NEW}')}")
-        if assert_ended(story, -25, ENDED) == ENDED:
+        if assert_ended(story, -signal.SIGXFSZ, ENDED) == ENDED:
             story.fail("ended", "a line of results is written in fewer bytes than it needs")
         story.acts(case.chosen)
         assert_finishes(story)

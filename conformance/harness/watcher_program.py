@@ -114,8 +114,10 @@ def tensors_of(folder):
         json.load(file)
     there = sorted(os.listdir(folder))
     if "compressed_metadata.json" in there:
+        with open(os.path.join(folder, "compressed_metadata.json")) as file:
+            layers = json.load(file)["compressed_layer_indices"]
         suffix = "pt" if "non_moe_weights.pt" in there else "safetensors"
-        paths = [f"layer_{i}/{p}_proj.{suffix}" for i in LAYERS for p in ("gate", "up", "down")]
+        paths = [f"layer_{i}/{p}_proj.{suffix}" for i in layers for p in ("gate", "up", "down")]
         paths.append(f"non_moe_weights.{suffix}")
     elif "model.safetensors" in there:
         paths = ["model.safetensors"]
@@ -261,6 +263,7 @@ def dying_in_write(length):
 
     def act():
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         there = os.path.getsize(results) if os.path.exists(results) else 0
         resource.setrlimit(resource.RLIMIT_FSIZE, (there + length, resource.RLIM_INFINITY))
 

@@ -24,7 +24,7 @@ from conformance.harness.requirement import current_tally
 from conformance.harness.subject import Subject, errors_named
 from conformance.harness.watcher_cases import WatcherCase
 
-SEEN = "print(open(log).read(), open(results).read())"
+SEEN = "os.system(f'cat {log} {results}')"
 """What shows a fault: what was evaluated, and what was written."""
 
 
