@@ -91,9 +91,9 @@ class DistillationCase:
         given = {"alpha": repr(self.alpha)}
         if self.temperature != 1:
             given["temperature"] = repr(self.temperature)
-        if self.divergence != "forward_kl":
+        if self.divergence != "forward_kl" and self.alpha:
             given["divergence"] = repr(self.divergence)
-        if self.divergence == "jsd":
+        if self.divergence == "jsd" and self.alpha:
             given["beta"] = repr(self.beta)
         if self.num_items:
             given["num_items_in_batch"] = str(self.num_items)
@@ -163,7 +163,7 @@ class DistillationCase:
 
 # Strategies
 
-ALPHAS = st.sampled_from([0.0, 0.3, 0.8, 1.0])
+ALPHAS = st.sampled_from([1.0, 0.0, 0.3, 1.0, 0.0])
 """Of rules about either term and both: who offers one of them alone is held to it."""
 BETAS = st.sampled_from([0.1, 0.5, 0.9])
 TEMPERATURES = st.sampled_from([0.5, 1.5, 2.0, 3.0, 5.0])
@@ -190,10 +190,8 @@ def _distillation_cases(draw: st.DrawFn, fixed: Mapping[str, Any]) -> Distillati
     batch = given.setdefault("batch", draw(BATCHES))
     given.setdefault("vocab", draw(VOCABULARIES))
     if "spans" not in given:
-        spans = [draw(st.sampled_from(SPANS[tokens])) for _ in range(batch)]
-        if not any(end - max(first, 1) > 0 for first, end in spans):
-            spans[0] = (1, tokens - 1)
-        given["spans"] = tuple(spans)
+        kinds = [PROMPTED[tokens], PADDED[tokens], SPANS[tokens], SPANS[tokens]][:batch]
+        given["spans"] = tuple(draw(kind) for kind in kinds)
     if given.get("top") == SOME:
         given["top"] = draw(st.integers(2, given["vocab"] - 4))
     elif given.get("top") == ALL:
@@ -202,11 +200,24 @@ def _distillation_cases(draw: st.DrawFn, fixed: Mapping[str, Any]) -> Distillati
     return DistillationCase(**given)
 
 
-SPANS = {
-    tokens: [(first, end) for first in range(tokens - 1) for end in range(first + 1, tokens + 1)]
-    for tokens in range(2, 12)
-}
-"""Every span of a row of so many tokens; (0, 1) has no target."""
+def spans(
+    tokens: int, *, prompt: int = 0, padding: int = 0, least: int = 0
+) -> SearchStrategy[Span]:
+    """Spans of a row that ignore so many labels in front and behind, and learn so many targets."""
+    found = [
+        (first, end)
+        for first in range(prompt, tokens)
+        for end in range(first + 1, tokens + 1 - padding)
+        if end - max(first, 1) >= least
+    ]
+    return st.sampled_from(found)
+
+
+ALL_LENGTHS = range(5, 10)
+PROMPTED = {tokens: spans(tokens, prompt=2, least=1) for tokens in ALL_LENGTHS}
+PADDED = {tokens: spans(tokens, padding=1, least=2) for tokens in ALL_LENGTHS}
+SPANS = {tokens: spans(tokens) for tokens in ALL_LENGTHS}
+"""Of the first row, of the second, and of any other, which may have no target."""
 
 EVERY = distillation_cases(alpha=ALPHAS, divergence=ANY_DIVERGENCE)
 """Both terms, and each alone, at temperature 1."""
@@ -225,16 +236,16 @@ ANYTHING = distillation_cases(
 )
 
 
+WITHOUT_TARGETS = st.sampled_from([(0, 0), (0, 1)])
+"""Spans without a target: the first label is not that of any position."""
+
+
 @st.composite
 def _with_masked_row(draw: st.DrawFn, fixed: Mapping[str, Any]) -> DistillationCase:
     case = draw(distillation_cases(**fixed))
-    spans = list(case.spans)
-    chosen = draw(st.integers(0, case.batch - 1))
-    spans[chosen] = draw(st.sampled_from([(0, 0), (0, 1)]))
-    other = (chosen + 1) % case.batch
-    if not any(case.valid_of(span) for span in spans):
-        spans[other] = (2, case.tokens - 1)
-    return replace(case, spans=tuple(spans))
+    rows = list(case.spans)
+    rows.insert(draw(st.integers(0, case.batch)), draw(WITHOUT_TARGETS))
+    return replace(case, batch=len(rows), spans=tuple(rows))
 
 
 def with_masked_row(**fixed: Any) -> SearchStrategy[DistillationCase]:
@@ -245,9 +256,7 @@ def with_masked_row(**fixed: Any) -> SearchStrategy[DistillationCase]:
 @st.composite
 def _fully_masked(draw: st.DrawFn, fixed: Mapping[str, Any]) -> DistillationCase:
     case = draw(distillation_cases(**fixed))
-    # The first label is not the target of any position.
-    spans = [draw(st.sampled_from([(0, 0), (0, 1)])) for _ in range(case.batch)]
-    return replace(case, spans=tuple(spans))
+    return replace(case, spans=tuple(draw(WITHOUT_TARGETS) for _ in range(case.batch)))
 
 
 def fully_masked(**fixed: Any) -> SearchStrategy[DistillationCase]:
@@ -259,8 +268,8 @@ def fully_masked(**fixed: Any) -> SearchStrategy[DistillationCase]:
 def _one_target(draw: st.DrawFn, fixed: Mapping[str, Any]) -> DistillationCase:
     case = draw(distillation_cases(**fixed))
     at, row = draw(st.integers(1, case.tokens - 2)), draw(st.integers(0, case.batch - 1))
-    spans = tuple((at, at + 1) if r == row else (0, 0) for r in range(case.batch))
-    return replace(case, spans=spans)
+    rows = tuple((at, at + 1) if r == row else (0, 0) for r in range(case.batch))
+    return replace(case, spans=rows)
 
 
 def one_target(**fixed: Any) -> SearchStrategy[DistillationCase]:

@@ -471,5 +471,9 @@ def assert_refused(
         if not failure.kind.startswith("raised "):
             raise
         return
-    found = f"{float(loss):.6g}" if isinstance(loss, Tensor) and loss.numel() == 1 else "a result"
+    found = (
+        f"{float(loss.detach()):.6g}"
+        if isinstance(loss, Tensor) and loss.numel() == 1
+        else "a result"
+    )
     raise ConformanceFailure("accepted", f"bad input gives {found} and no exception", call=call)
