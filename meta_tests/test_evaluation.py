@@ -160,6 +160,7 @@ def test_what_is_missing_is_named(folders, tmp_path, monkeypatch, capsys):
         evaluate_model(bare, folders / "tasks")
     found = evaluate_model(bare, folders / "tasks", tokenizer=folders / "student")
     assert found["local_text/word_perplexity"] > 1
+    capsys.readouterr()
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     assert main(["watch", str(tmp_path), str(folders / "tasks"), "--once"]) == 1
     expected = "error: evaluation needs lm-eval: pip install 'model-conformance[eval]'"
