@@ -225,11 +225,11 @@ TEMPERED = distillation_cases(
     alpha=ALPHAS, divergence=ANY_DIVERGENCE, beta=BETAS, temperature=TEMPERATURES
 )
 ANYTHING = distillation_cases(
-    alpha=ALPHAS,
+    alpha=st.sampled_from([0.3, 1.0, 0.0, 0.8]),
     divergence=ANY_DIVERGENCE,
     beta=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
     temperature=st.sampled_from([0.5, 1.0, 2.0, 5.0]),
-    num_items=st.sampled_from([0, 0, 31]),
+    num_items=st.sampled_from([0, 31]),
     padding=st.sampled_from([0, 0, 3]),
     top=st.sampled_from([0, 0, SOME]),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
