@@ -46,7 +46,6 @@ from conformance.harness.distillation_checks import (
     assert_teacher_gets_no_gradient,
     assert_unaffected,
     assert_vanishes,
-    float32,
 )
 from conformance.harness.distillation_modules import (
     assert_modes_kept,
