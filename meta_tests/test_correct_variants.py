@@ -63,6 +63,17 @@ BROAD = {
         "compressed_checkpoint.weights.pt",
         "compressed_checkpoint.save.bits-safetensors",
     ),
+    "distillation_loss": ("distillation_loss.options.any-combination",),
+    "loglikelihood": (
+        "loglikelihood.score.values",
+        "loglikelihood.numerics.sixteen-bits",
+        "loglikelihood.greedy.small-differences",
+        "loglikelihood.truncation.padded",
+    ),
+    "checkpoint_watcher": (
+        "checkpoint_watcher.story.any-sequence",
+        "checkpoint_watcher.ends.in-line",
+    ),
 }
 
 CASES = {
@@ -70,6 +81,8 @@ CASES = {
     "expert_parallel_block": (4, 24),
     "shared_core_fit": (4, 24),
     "compressed_checkpoint": (3, 24),
+    "loglikelihood": (4, 40),
+    "checkpoint_watcher": (4, 24),
 }
 """Cases of the gate, and random ones, of contracts whose cases take long: real ranks, fits, files.
 
@@ -82,6 +95,7 @@ EXACT = {
     "compression_statistics",
     "compressed_checkpoint",
     "shared_core_fit",
+    "checkpoint_watcher",
 }
 """Contracts of which these requirements are exact, so that nothing is compared within limits."""
 
@@ -109,6 +123,9 @@ def test_there_are_variants_of_the_large_contracts():
     assert counts["shared_core"] >= 6
     assert counts["shared_core_block"] >= 6
     assert counts["compression_statistics"] >= 5
+    assert counts["distillation_loss"] >= 10
+    assert counts["loglikelihood"] >= 12
+    assert counts["checkpoint_watcher"] >= 7
 
 
 @pytest.mark.parametrize("id", VARIANTS)

@@ -8,6 +8,7 @@ from mutants import MUTANTS
 from test_near_misses import NEAR
 from test_near_misses_compressed import NEAR_COMPRESSED
 from test_near_misses_core import NEAR_CORE
+from test_near_misses_distillation import NEAR_DISTILLATION
 from test_near_misses_expert_parallel import NEAR_EXPERT_PARALLEL
 from test_near_misses_experts import NEAR_EXPERTS
 from test_near_misses_fit import NEAR_FIT
@@ -16,12 +17,14 @@ from test_near_misses_flat_checkpoints import NEAR_FLAT_CHECKPOINTS
 from test_near_misses_gpt import NEAR_GPT
 from test_near_misses_large import NEAR_LARGE
 from test_near_misses_layout import NEAR_LAYOUT
+from test_near_misses_likelihood import NEAR_LIKELIHOOD
 from test_near_misses_lm import NEAR_LM
 from test_near_misses_loader import NEAR_LOADER
 from test_near_misses_moe_block import NEAR_MOE_BLOCK
 from test_near_misses_parallel import NEAR_PARALLEL
 from test_near_misses_router import NEAR_ROUTER
 from test_near_misses_statistics import NEAR_STATISTICS
+from test_near_misses_watcher import NEAR_WATCHER
 
 from conformance.harness.requirement import all_requirements
 from conformance.implementations.reference import Reference
@@ -46,6 +49,9 @@ REGISTRIES = (
     NEAR_FIT,
     NEAR_STATISTICS,
     NEAR_COMPRESSED,
+    NEAR_DISTILLATION,
+    NEAR_LIKELIHOOD,
+    NEAR_WATCHER,
 )
 KILL_MATRIX = ROOT / "fixtures" / "kill_matrix.json"
 AGAIN = "write it anew: python fixtures/regenerate.py"

@@ -92,7 +92,10 @@ class Score(Protocol):
     Or [], their sum, from code that keeps no more: requirements about single tokens are then declined.
     """
     is_greedy: bool
-    """Whether every token of the continuation is the most likely one, given all before it."""
+    """Whether every token of the continuation is the most likely one, given all before it.
+
+    Of tokens that are equally likely at least one counts as such, and no other.
+    """
 
 
 class LogLikelihood(Protocol):
@@ -120,7 +123,7 @@ class LogLikelihood(Protocol):
         alone: it depends neither on ``batch_size``, nor on the other requests and their order, nor
         on ``padding_side`` (``"right"`` or ``"left"``) and ``pad_id``, which may be a real token's.
         The model is run in evaluation mode without gradients, and has its mode back afterwards.
-        Nothing is kept from one call to the next.
+        Nothing is kept from one call to the next. At most ``batch_size`` rows are run at once.
 
         ``max_length``
             the most tokens that the model is given at once, default ``max_position_embeddings``. A
@@ -140,10 +143,12 @@ class Watcher(Protocol):
     def poll(self) -> Sequence[str]:
         """Evaluate what is complete and was not evaluated yet, in numeric order of the steps.
 
-        Gives the names of the checkpoints that were evaluated now, ``["checkpoint-900",
-        "checkpoint-1000"]``; does not wait for more. A ``evaluate`` that raises ends the attempt at its
-        checkpoint, not the pass: the others are evaluated, and it is tried again at the next poll, by
-        this watcher or one that is made later, ``attempts`` times in all.
+        Gives the names of the checkpoints that gave results now, ``["checkpoint-900",
+        "checkpoint-1000"]``, without those that failed; does not wait for more. An ``evaluate`` that
+        raises ends the attempt at its checkpoint, not the pass: the others are evaluated, and it is
+        tried again at the next poll, by this watcher or one that is made later, ``attempts`` times in
+        all. Only an ``Exception`` is a failure: KeyboardInterrupt and SystemExit come through and leave
+        no line. Two processes may poll at the same time: the second waits.
         """
 
 
@@ -160,32 +165,38 @@ class CheckpointWatcher(Protocol):
     ) -> Watcher:
         """A watcher of the folders ``checkpoint-{step}`` in ``directory``, which may not be there yet.
 
-        ``evaluate`` takes the path of a checkpoint and gives its metrics, a mapping of names to
-        numbers. ``results`` is a file of JSON lines that is only ever appended to: one line for each
-        checkpoint that was evaluated, and one for each failure,
+        ``evaluate`` takes the path of a checkpoint itself, a ``str``, and gives its metrics, a mapping
+        of names to numbers; what is no mapping, or JSON cannot hold, is a failure. (A number that is
+        not finite may be kept or be a failure; it never becomes another.) ``results`` is a file of JSON
+        lines, whose folder is made: one line for each checkpoint that was evaluated, and one for each
+        failure, written before the next evaluation begins,
 
             {"checkpoint": "checkpoint-900", "step": 900, "digest": "…", "results": {"loss": 2.5}}
             {"checkpoint": "checkpoint-900", "step": 900, "digest": "…", "error": "RuntimeError: …"}
 
-        with further entries if it likes. ``digest`` is that of the weights: a checkpoint that has other
-        weights has another one, and one that was replaced since is evaluated again.
+        with further entries if it likes. Lines that are whole stay as they are, byte for byte, and new
+        ones are added behind them; what stands behind the last end of a line is not a line, and is cut
+        off before the next is written. ``digest`` is that of the weights. A checkpoint is known by its
+        name and digest: one that was replaced by other weights since is evaluated again, and its
+        failures are counted anew; two with the same weights are both evaluated.
 
         Each complete checkpoint is evaluated once: what ``results`` has is not evaluated again, by
         whatever watcher it was written. A process that is ended at any moment leaves a file that the
-        next watcher reads: a last line that is broken off is not a result, and is not in the way of the
-        lines after it. Of every checkpoint there is one line of results in the end, with what
+        next watcher reads. Of every checkpoint there is one line of results in the end, with what
         ``evaluate`` gave for it.
 
         A checkpoint is complete when its ``config.json`` is there and is JSON, and its weights are
         there: ``model.safetensors``; or every file that ``model.safetensors.index.json`` names; or
         those of a compressed model (:class:`CompressedCheckpoint`), ``non_moe_weights`` and each
         projection of each layer that ``compressed_metadata.json`` names. A file of tensors whose length
-        is not what its header says is not there yet. What is not complete is left for a later poll, as
-        is a folder that vanishes. Anything else in ``directory`` is not a checkpoint: other names,
-        ``checkpoint-12.tmp``, ``.checkpoint-12.x.tmp``, ``checkpoint-best``, files.
+        is not what its header says (of ``.pt``: that does not end with its directory) is not there yet.
+        What is not complete is left for a later poll, as is a folder that vanishes. Anything else in
+        ``directory`` is not a checkpoint: other names, ``checkpoint-12.tmp``,
+        ``.checkpoint-12.x.tmp``, ``checkpoint-best``, files.
 
-        An exception for ``attempts`` below 1, and for a file ``results`` that has a line in the middle
-        which is not JSON; it names the file and the line, and leaves it as it is.
+        An exception, here or at the next poll, for ``attempts`` below 1, and for a file ``results``
+        that has a line which is not JSON; it names the file and the line, counted from 1, and leaves
+        it as it is.
 
         Source: LawrenceRLiu/MoE_Factorize_Compress, ``src/async_eval.py``.
         """

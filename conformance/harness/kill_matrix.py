@@ -86,6 +86,9 @@ FEWER_CASES = {
     "shared_core_fit": 4,
     "shared_core_block": 4,
     "compressed_checkpoint": 3,
+    "distillation_loss": 4,
+    "loglikelihood": 4,
+    "checkpoint_watcher": 3,
 }
 """Contracts whose cases take too long to run them all against every bug, and how many are run.
 

@@ -150,5 +150,20 @@ BUNDLED: dict[str, Bundled] = {
             "transformers_attention:TransformersFlex",
             "transformers with attn_implementation='flex_attention'",
         ),
+        _bundled(
+            "lm-eval-hflm",
+            "lm_eval_hflm:LMEvalHFLM",
+            "log likelihoods by HFLM of lm-evaluation-harness, with its defaults",
+        ),
+        _bundled(
+            "lm-eval-hflm-float32",
+            "lm_eval_hflm:LMEvalHFLMFloat32",
+            "the same with a log-softmax in float32",
+        ),
+        _bundled(
+            "transformers-loss-scorer",
+            "transformers_likelihood:TransformersLossScorer",
+            "the loss of transformers' causal language models as a score of each request alone",
+        ),
     )
 }
