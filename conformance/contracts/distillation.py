@@ -57,6 +57,7 @@ class DistillationLoss(Protocol):
             gradients of the parts, over micro-batches and ranks, add up to those of the whole.
         ``vocab_size``
             columns from this one on are padding of the vocabulary, in both: they have no probability.
+            Each may have its own number of them.
         ``teacher_indices``, ``teacher_logsumexp``
             ``teacher`` holds [batch, tokens, k] logits alone, of the columns ``teacher_indices`` int64
             [batch, tokens, k], all different and below the vocabulary; ``teacher_logsumexp`` [batch,

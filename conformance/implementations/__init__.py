@@ -151,6 +151,21 @@ BUNDLED: dict[str, Bundled] = {
             "transformers with attn_implementation='flex_attention'",
         ),
         _bundled(
+            "trl-gkd",
+            "trl_distillation:TRLGKD",
+            "TRL's generalized_jsd_loss, as its GKD trainer calls it",
+        ),
+        _bundled(
+            "torch-kl-div",
+            "torch_distillation:TorchKLDiv",
+            "torch's kl_div and cross_entropy of valid tokens, as its tutorial has them",
+        ),
+        _bundled(
+            "transformers-loss",
+            "transformers_loss:TransformersLoss",
+            "transformers' ForCausalLMLoss: the cross entropy alone",
+        ),
+        _bundled(
             "lm-eval-hflm",
             "lm_eval_hflm:LMEvalHFLM",
             "log likelihoods by HFLM of lm-evaluation-harness, with its defaults",
