@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -245,7 +246,9 @@ def _with_masked_row(draw: st.DrawFn, fixed: Mapping[str, Any]) -> DistillationC
     case = draw(distillation_cases(**fixed))
     rows = list(case.spans)
     rows.insert(draw(st.integers(0, case.batch)), draw(WITHOUT_TARGETS))
-    return replace(case, batch=len(rows), spans=tuple(rows))
+    case = replace(case, batch=len(rows), spans=tuple(rows))
+    assume(not case.confusable())  # a row more may make two sizes equal
+    return case
 
 
 def with_masked_row(**fixed: Any) -> SearchStrategy[DistillationCase]:
