@@ -21,6 +21,7 @@ def assert_torn(subject: Subject, case: WatcherCase, encoded: str | None = None)
         story.poll(*before)
         story.write(last)
         story.poll(last)
+        story.assert_results(case.names, "before a line is broken off")
         if encoded is not None:
             story.do(f"rewrite({encoded})")
         whole = story.do("whole = open(results, 'rb').read()")
@@ -66,6 +67,7 @@ def assert_torn_alone(subject: Subject, case: WatcherCase) -> None:
         story.write(case.chosen)
         story.watch()
         story.poll(case.chosen)
+        story.assert_results([case.chosen], "before a line is broken off")
         story.do(f"tear({1 + case.which % (len(story.content()) - 3)})")
         story.watch()
         story.poll(case.chosen, because="whose line was broken off")
@@ -80,13 +82,19 @@ def assert_torn_failure(subject: Subject, case: WatcherCase) -> None:
         story.watch()
         story.poll(case.chosen)
         story.poll(case.chosen)
+        assert_errors(story, 2)
         first = story.content().index(b"\n") + 1
         story.do(f"tear({1 + case.which % (len(story.content()) - first - 3)})")
         story.watch()
         story.poll(case.chosen, because="of which one failure is on record")
         story.assert_results([case.chosen])
-        if len(story.errors()) != 1:
-            story.fail("wrong results", f"{len(story.errors())} errors, expected 1")
+        assert_errors(story, 1)
+
+
+def assert_errors(story: Story, number: int) -> None:
+    """So many failures are on record."""
+    if len(story.errors()) != number:
+        story.fail("wrong results", f"{len(story.errors())} errors, expected {number}")
 
 
 CHILD = "in_child({})"

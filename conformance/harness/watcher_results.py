@@ -20,15 +20,15 @@ def assert_lines(subject: Subject, case: WatcherCase) -> None:
         story.write_all()
         story.watch()
         story.poll(*case.names)
+        story.assert_results(case.names)
         for record in story.records():
-            step = int(str(record.get("checkpoint")).split("-")[-1])
+            step = int(str(record.get("checkpoint")).removeprefix("checkpoint-"))
             if type(record.get("step")) is not int or record["step"] != step:
                 story.fail("wrong results", f"step is {record.get('step')!r}, expected {step}")
             if not isinstance(record.get("digest"), str) or not record["digest"]:
                 story.fail("wrong results", f"digest is {record.get('digest')!r}, expected text")
             if "error" in record:
                 story.fail("wrong results", f"there is an error: {record['error']!r}")
-        story.assert_results(case.names)
 
 
 VALUES = (
@@ -166,7 +166,8 @@ def assert_not_a_number(subject: Subject, case: WatcherCase) -> None:
         found = [r for r in story.records() if r.get("checkpoint") == case.chosen]
         if len(found) != 1:
             story.fail("wrong results", f"{len(found)} lines are about {case.chosen}, expected 1")
-        value = found[0].get("results", {}).get("loss")
+        results = found[0].get("results", {})
+        value = results.get("loss") if isinstance(results, dict) else results
         if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
             story.fail("wrong results", f"the loss is {value!r}, expected {source}")
 
@@ -318,6 +319,7 @@ def assert_refuses_garbage(subject: Subject, case: WatcherCase, *, named: bool) 
         story.write_all()
         story.watch()
         story.poll(*case.names)
+        story.assert_results(case.names)
         lines = story.content().split(b"\n")
         number = case.which % (len(lines) - 1)
         lines.insert(number, GARBAGE[case.which % len(GARBAGE)])
