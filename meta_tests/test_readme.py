@@ -161,6 +161,21 @@ def test_experts_run_as_written(tmp_path, installed):
     assert "experts.slots.repeated (core): wrong" in result.stdout
 
 
+def test_distillation_loss_runs_as_written(tmp_path, installed):
+    """The loss of docs/adapters.md passes what it offers, and fails without the square of T."""
+    loss = tmp_path / "my_distillation.py"
+    loss.write_text(block_that_starts("python", "# my_distillation.py", ADAPTERS))
+    command = block_that_starts("sh", "pytest --pyargs conformance --impl my_dis", ADAPTERS)
+    result = run(command, tmp_path, installed)
+    assert result.returncode == 0, result.stdout
+    assert "40 passed" in result.stdout
+
+    loss.write_text(loss.read_text().replace("temperature**2 * ", ""))
+    result = run(f"{command.strip()}.temperature", tmp_path, installed)
+    assert result.returncode == 1, result.stdout
+    assert "distillation_loss.temperature.values (core): wrong values" in result.stdout
+
+
 def test_listing_commands_run_as_written(tmp_path, installed):
     commands = block_that_starts("sh", "python -m conformance impls").strip().splitlines()
     assert len(commands) == 3
