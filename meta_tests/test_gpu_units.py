@@ -178,6 +178,7 @@ def test_contracts_without_a_device_part():
     assert {c.name for c in CONTRACTS.values() if not c.on_device} == {
         "flat_layout",
         "compression_statistics",
+        "checkpoint_watcher",
     }
 
 
