@@ -222,8 +222,10 @@ def test_shown_results_without_metrics():
 
 
 PROGRAM = """
-import sys
+import signal, sys
 from reference_impl.shared_core.watcher import watch
+# A shell that runs the tests in the background has them ignore Ctrl-C, which is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 watch(sys.argv[1], lambda path: {"loss": 0.5}, sys.argv[2], interval=0.05)
 print("after", flush=True)
 """
