@@ -6,12 +6,8 @@ import pytest
 import torch
 from mutants import Broken
 
-from reference_impl.shared_core.distillation_loss import (
-    DIVERGENCES,
-    IGNORED,
-    DistillationLoss,
-    evaluating,
-)
+from reference_impl.shared_core.distillation_loss import DIVERGENCES, IGNORED, DistillationLoss
+from reference_impl.shared_core.evaluation_mode import evaluating
 
 NEAR_DISTILLATION: dict[str, Broken] = {}
 

@@ -7,13 +7,14 @@ empty context or continuation is nothing that a loss could refuse, and is declin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+from reference_impl.shared_core.evaluation_mode import evaluating
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,6 @@ class Score:
 
     logprobs: Tensor
     """[]: the sum."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class TransformersLossScorer:
@@ -48,7 +36,7 @@ class TransformersLossScorer:
         batch_size: int = 1,
     ) -> list[Score]:
         """See :class:`conformance.contracts.LogLikelihood`; ``batch_size`` is not read."""
-        with evaluating(model):
+        with evaluating(model), torch.no_grad():
             return [self.score(model, *map(list, request)) for request in requests]
 
     def score(self, model: nn.Module, context: list[int], continuation: list[int]) -> Score:

@@ -11,11 +11,11 @@ LawrenceRLiu/MoE_Factorize_Compress, ``src/distillation.py`` and ``src/distillat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from reference_impl.shared_core.evaluation_mode import evaluating
 
 IGNORED = -100
 """The label of what is not to be learnt."""
@@ -201,21 +201,6 @@ def top_k_logits(
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     values, indices = logits.detach().topk(k, dim=-1)
     return values, indices, torch.logsumexp(wide / temperature, dim=-1)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and each in its own mode again afterwards.
-
-    ``module.train()`` would set all of them alike: a part that was frozen on purpose would wake up.
-    """
-    modes = [(each, each.training) for each in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes:
-            each.training = training
 
 
 def as_logits(output: Tensor | object) -> Tensor:

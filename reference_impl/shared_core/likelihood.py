@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from reference_impl.shared_core.evaluation_mode import evaluating
+
 Request = tuple[Sequence[int], Sequence[int]]
 PADDING_SIDES = ("right", "left")
 
@@ -108,14 +110,8 @@ class LogLikelihood:
     @contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
         """Evaluation mode without gradients; every module has its own mode back afterwards."""
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(model), torch.no_grad():
+            yield
 
     def batch_logits(
         self, model: nn.Module, batch: Sequence[Row], padding_side: str, pad_id: int
