@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reference_impl.atomic_files import write_atomically
 from reference_impl.shared_core.extras import MissingExtra, need
 
 COLUMNS = ("step", "loss", "kl", "ce", "learning_rate")
@@ -32,7 +32,7 @@ def write_csv(curve: Sequence[Mapping[str, float]], folder: Path) -> None:
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(curve)
-    replace(folder / CSV, text.getvalue().encode())
+    write_atomically(folder / CSV, lambda file: file.write(text.getvalue().encode()))
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
@@ -66,12 +66,5 @@ def write_png(curve: Sequence[Mapping[str, float]], folder: Path) -> bool:
     axes.legend()
     drawn = io.BytesIO()
     FigureCanvasAgg(figure).print_png(drawn)
-    replace(folder / PNG, drawn.getvalue())
+    write_atomically(folder / PNG, lambda file: file.write(drawn.getvalue()))
     return True
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Put a file in its place in one step."""
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_bytes(content)
-    os.replace(fresh, path)

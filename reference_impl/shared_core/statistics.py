@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from reference_impl.gpt.saving import write_atomically
+from reference_impl.atomic_files import write_atomically
 
 FILE_NAME = "compression_statistics.yaml"
 SIZES = ("num_experts", "num_active_experts", "d_in", "d_out", "rank")
