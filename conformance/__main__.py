@@ -63,7 +63,7 @@ def impls() -> list[dict[str, Any]]:
 
 def requirements() -> list[dict[str, Any]]:
     """Every requirement, in the order of the files."""
-    from conformance.harness.session import suite_requirements
+    from conformance.harness.runner import suite_requirements
 
     return [
         {

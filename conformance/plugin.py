@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from conformance.harness.session import Controller, Runner
+    from conformance.harness.controller import Controller
+    from conformance.harness.runner import Runner
 
 RUNNER = pytest.StashKey["Runner"]()
 CONTROLLER = pytest.StashKey["Controller"]()
@@ -137,7 +138,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _runner(config: pytest.Config) -> Runner:
     if RUNNER not in config.stash:
-        from conformance.harness.session import Runner
+        from conformance.harness.runner import Runner
 
         config.stash[RUNNER] = Runner(config)
     return config.stash[RUNNER]
@@ -145,7 +146,7 @@ def _runner(config: pytest.Config) -> Runner:
 
 def _controller(config: pytest.Config) -> Controller:
     if CONTROLLER not in config.stash:
-        from conformance.harness.session import Controller
+        from conformance.harness.controller import Controller
 
         config.stash[CONTROLLER] = Controller(config)
         config.pluginmanager.register(config.stash[CONTROLLER], "conformance.controller")
@@ -161,7 +162,7 @@ def _requirement(item: object):
     """The requirement of an item, without importing anything for items that are not ours."""
     if "conformance.harness.requirement" not in sys.modules:
         return None
-    from conformance.harness.session import requirement_of
+    from conformance.harness.runner import requirement_of
 
     return requirement_of(item)
 
@@ -265,7 +266,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     if RUNNER not in config.stash or config.getoption("collectonly"):
         return
-    from conformance.harness.session import plan_or_stop
+    from conformance.harness.runner import plan_or_stop
 
     plan = plan_or_stop(config.stash[RUNNER], session)
     worker = getattr(config, "workerinput", None)

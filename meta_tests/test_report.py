@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from conformance.harness import report, verdict
+from conformance.harness.controller import combined_exit_status
 from conformance.harness.data import report_schema
 from conformance.harness.failures import (
     ConformanceFailure,
@@ -15,8 +16,8 @@ from conformance.harness.failures import (
     NotOffered,
     NotRun,
 )
+from conformance.harness.gpu_isolation import names_gpu
 from conformance.harness.records import clean, make_record, outcome_of
-from conformance.harness.session import combined_exit_status, names_gpu
 from conformance.harness.verdict import Plan, judge
 
 CORE, EXTENDED = ("rule.a.one", "rule.a.two"), ("rule.b.one",)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conformance.harness.numerics import (
     FACTOR,
@@ -23,6 +23,9 @@ from conformance.harness.numerics import (
     parse,
 )
 from conformance.harness.verdict import FAILED, OK, TOO_FEW, USAGE
+
+if TYPE_CHECKING:
+    import pytest
 
 ATTRIBUTE = "conformance_numerics"
 """Attribute of pytest's report that carries the comparisons of a requirement, from workers too."""
@@ -142,6 +145,11 @@ class NumericsRun:
                 "",
             ]
         return lines
+
+
+def asks_for_numerics(config: pytest.Config) -> bool:
+    """Whether the errors of comparisons are to be recorded or checked."""
+    return any(map(config.getoption, ("numerics_record", "numerics_check", "numerics_factor")))
 
 
 def read_base(path: Path) -> Recording:

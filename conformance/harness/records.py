@@ -50,6 +50,12 @@ EXECUTED = frozenset({PASS, FAIL, KNOWN_FAILURE, LEDGER_MISMATCH})
 
 RED = frozenset({FAIL, ERROR, LEDGER_MISMATCH})
 
+PROPERTY = "conformance"
+"""Name of the user property that carries a record (as JSON) on pytest's report."""
+
+REPORTED_PHASES = ("setup", "call")
+"""Phases of a pytest item whose end is the end of the requirement."""
+
 USAGE_ERROR = "usage error"
 """How the reason of an error begins that the user can put right."""
 
