@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from conformance.harness.report import Report, read_report
+from conformance.reports.reader import Report, read_report
 
 ROOT = Path(__file__).resolve().parents[1]
 

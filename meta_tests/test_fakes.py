@@ -6,7 +6,7 @@ import time
 import pytest
 from command_line import BOUND, ONE, ROOT, start, suite_run
 
-from conformance.harness.report import NoFooter, read_report
+from conformance.reports.reader import NoFooter, read_report
 
 FAKES = ROOT / "meta_tests" / "fakes.py"
 

@@ -4,8 +4,21 @@ import json
 from collections import Counter
 
 import pytest
+from made_reports import (
+    CORE,
+    EXTENDED,
+    MEASURED,
+    SUITE,
+    diagnosed,
+    ended,
+    item,
+    lines_of,
+    report_of,
+    rewrite,
+    three,
+)
 
-from conformance.harness import report, verdict
+from conformance.harness import verdict
 from conformance.harness.controller import combined_exit_status
 from conformance.harness.data import report_schema
 from conformance.harness.failures import (
@@ -17,22 +30,11 @@ from conformance.harness.failures import (
     NotRun,
 )
 from conformance.harness.gpu_isolation import names_gpu
-from conformance.harness.records import clean, make_record, outcome_of
+from conformance.harness.records import clean, outcome_of
 from conformance.harness.verdict import Plan, judge
-
-CORE, EXTENDED = ("rule.a.one", "rule.a.two"), ("rule.b.one",)
-SUITE = dict.fromkeys(CORE, "core") | dict.fromkeys(EXTENDED, "extended")
-
-
-def item(slug, device="cpu"):
-    id = slug if device == "cpu" else f"{slug}[{device}]"
-    level, contract = SUITE.get(slug, "core"), slug.split(".")[0]
-    return {"id": id, "slug": slug, "level": level, "contract": contract, "device": device}
-
-
-def ended(slug, outcome, reason="because", device="cpu"):
-    error = ConformanceFailure("wrong values", "off by one") if outcome == "fail" else None
-    return make_record(item(slug, device), outcome, reason, duration=0.1, error=error)
+from conformance.reports import reader, stream
+from conformance.reports.files import PAGES
+from conformance.reports.terminal import terminal_lines
 
 
 def judged(*outcomes, required=(), smoke=False, suite=None):
@@ -174,54 +176,51 @@ def test_mark_expression(expression, asked):
 
 def written(folder, outcomes=("pass", "fail", "not_offered")):
     """A whole report of the three requirements; its lines as values."""
-    planned = [item(slug) for slug in SUITE]
-    records = [ended(slug, outcome) for slug, outcome in zip(SUITE, outcomes)]
-    head = report.header(
-        implementation={"name": "x", "version": None, "file": None, "chosen_by": "--impl"},
-        environment={
-            **dict.fromkeys(("python", "torch", "transformers", "hypothesis", "pytest"), "1"),
-            **dict.fromkeys(("platform", "machine", "device"), "cpu"),
-            "variables": {},
-        },
-        profile="gate",
-        seed=None,
-        smoke=False,
-        planned=[p["id"] for p in planned],
-        suite=SUITE,
-        required=(),
-    )
-    writer = report.ReportWriter(folder)
-    writer.append(head)
-    for record in records:
-        writer.append(record)
-    writer.finish(head, records, judge(Plan(tuple(planned), SUITE), records))
+    made = three(*outcomes)
+    writer = stream.ReportWriter(folder)
+    for line in (made.header, *made.records):
+        writer.append(line)
+    writer.finish(made.header, made.records, made.verdict)
     return lines_of(folder)
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "report.jsonl").read_text().splitlines()]
-
-
-def rewrite(folder, lines):
-    (folder / "report.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_stream_round_trip(tmp_path):
     lines = written(tmp_path)
-    found = report.read_report(tmp_path)
+    found = reader.read_report(tmp_path)
     assert [found.header, *found.records, found.footer] == lines
     assert found.verdict.verdict == "fail"
+
+
+def test_writing_a_report_leaves_every_page(tmp_path):
+    written(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([reader.STREAM, *PAGES])
+    assert all((tmp_path / name).stat().st_size for name in PAGES)
+
+
+@pytest.mark.parametrize("text", ["a\u2028b\x85c\x0bd\r\n\0", "half a pair \ud83d", "\U0001f600"])
+def test_any_text_of_an_implementation_survives_the_stream(tmp_path, text):
+    made = report_of([ended(CORE[0], "fail", text)])
+    writer = stream.ReportWriter(tmp_path)
+    for line in (made.header, *made.records):
+        writer.append(line)
+    writer.finish(made.header, made.records, made.verdict)
+    assert reader.read_report(tmp_path).records == made.records
 
 
 def test_stream_fits_the_schema(tmp_path):
     jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(report_schema())
     validator.check_schema(report_schema())
-    lines = written(tmp_path)
-    for line in lines:
+    failure = {**ended(CORE[0], "fail")["failure"], "measured": MEASURED}
+    records = [
+        ended(CORE[0], "fail", failure=failure, diagnosis=diagnosed("a", ("b", "c"), seen=["d"])),
+        ended(CORE[1], "fail", diagnosis=None),
+    ]
+    made = report_of(records)
+    for line in (*written(tmp_path), made.header, *made.records, made.footer):
         validator.validate(line)
         for name in line:
-            if name not in ("type", "description"):
+            if name not in ("type", "diagnosis"):
                 without = {k: v for k, v in line.items() if k != name}
                 assert not validator.is_valid(without), f"{name} is not required"
         assert not validator.is_valid({**line, "more": 1})
@@ -263,24 +262,85 @@ def _two_runs(lines):
     return [*lines, *lines]
 
 
+def _second_header(lines):
+    return [*lines[:2], lines[0], *lines[2:]]
+
+
+def _second_footer(lines):
+    return [*lines, lines[-1]]
+
+
+def _unfinished_then_whole(lines):
+    return [*lines[:2], *lines]
+
+
+def _lacks_a_core_requirement(lines):
+    counts = {**lines[-1]["counts"], "suite": 2}
+    return [*lines[:-1], {**lines[-1], "counts": counts}]
+
+
+def _other_exit_code(lines):
+    return [*lines[:-1], {**lines[-1], "exit_code": 0}]
+
+
+def _other_comparisons(lines):
+    return [lines[0], {**lines[1], "comparisons": {"exact": 7}}, *lines[2:]]
+
+
+def _number_for_a_text(lines):
+    return [lines[0], {**lines[1], "reason": 5}, *lines[2:]]
+
+
+def _texts_for_numbers(lines):
+    return [lines[0], {**lines[1], "comparisons": {"exact": "many"}}, *lines[2:]]
+
+
+def _plans_an_object(lines):
+    return [{**lines[0], "planned": [{}]}, *lines[1:]]
+
+
+def _failure_without_kind(lines):
+    return [*lines[:2], {**lines[2], "failure": {}}, *lines[3:]]
+
+
+def _a_list(lines):
+    return [*lines[:2], [], *lines[2:]]
+
+
+def _unknown_verdict(lines):
+    return [*lines[:-1], {**lines[-1], "verdict": "good"}]
+
+
 @pytest.mark.parametrize(
     ("damage", "error"),
     [
-        (_without_footer, report.NoFooter),
-        (_twice, report.DuplicatedRecord),
-        (_not_planned, report.NotPlanned),
-        (_other_schema, report.UnknownSchema),
-        (_other_counts, report.Inconsistent),
-        (_green_with_failures, report.Inconsistent),
-        (_no_header, report.NotAReport),
-        (_lacks_a_field, report.BrokenLine),
-        (_two_runs, report.Inconsistent),
+        (_without_footer, reader.NoFooter),
+        (_twice, reader.DuplicatedRecord),
+        (_not_planned, reader.NotPlanned),
+        (_other_schema, reader.UnknownSchema),
+        (_other_counts, reader.Inconsistent),
+        (_green_with_failures, reader.Inconsistent),
+        (_no_header, reader.NotAReport),
+        (_lacks_a_field, reader.BrokenLine),
+        (_two_runs, reader.MixedRuns),
+        (_second_header, reader.MixedRuns),
+        (_second_footer, reader.MixedRuns),
+        (_unfinished_then_whole, reader.MixedRuns),
+        (_lacks_a_core_requirement, reader.Inconsistent),
+        (_other_exit_code, reader.Inconsistent),
+        (_other_comparisons, reader.Inconsistent),
+        (_number_for_a_text, reader.BrokenLine),
+        (_texts_for_numbers, reader.BrokenLine),
+        (_plans_an_object, reader.BrokenLine),
+        (_failure_without_kind, reader.BrokenLine),
+        (_a_list, reader.BrokenLine),
+        (_unknown_verdict, reader.BrokenLine),
     ],
 )
 def test_reader_refuses(tmp_path, damage, error):
     rewrite(tmp_path, damage(written(tmp_path)))
     with pytest.raises(error) as raised:
-        report.read_report(tmp_path)
+        reader.read_report(tmp_path)
     message = str(raised.value)
     assert "\n" not in message
     assert message.endswith(".")
@@ -290,61 +350,39 @@ def test_reader_refuses_a_green_run_with_missing_records(tmp_path):
     lines = written(tmp_path, ("pass", "pass", "pass"))
     counts = {**lines[-1]["counts"], "outcomes": {"pass": 2}}
     rewrite(tmp_path, [*lines[:3], {**lines[-1], "counts": counts}])
-    with pytest.raises(report.Inconsistent, match="1 planned requirement"):
-        report.read_report(tmp_path)
+    with pytest.raises(reader.Inconsistent, match="1 planned requirement"):
+        reader.read_report(tmp_path)
 
 
 def test_reader_refuses_a_line_that_was_cut_off(tmp_path):
     written(tmp_path)
     text = (tmp_path / "report.jsonl").read_text()
     (tmp_path / "report.jsonl").write_text(text[:-20])
-    with pytest.raises(report.BrokenLine, match="cut off"):
-        report.read_report(tmp_path)
+    with pytest.raises(reader.BrokenLine, match="cut off"):
+        reader.read_report(tmp_path)
 
 
 def test_reader_refuses_nothing_at_all(tmp_path):
-    with pytest.raises(report.NotAReport, match="no report"):
-        report.read_report(tmp_path)
+    with pytest.raises(reader.NotAReport, match="no report"):
+        reader.read_report(tmp_path)
     (tmp_path / "report.jsonl").write_text("")
-    with pytest.raises(report.NotAReport, match="header"):
-        report.read_report(tmp_path)
+    with pytest.raises(reader.NotAReport, match="header"):
+        reader.read_report(tmp_path)
 
 
 def test_a_new_run_forgets_the_old_verdict(tmp_path):
     written(tmp_path, ("pass", "pass", "pass"))
-    report.ReportWriter(tmp_path)
-    with pytest.raises(report.NotAReport):
-        report.read_report(tmp_path)
-    assert (tmp_path / "summary.md").read_text() == ""
-
-
-def test_summary_shows_counts_failures_and_what_was_not_checked(tmp_path):
-    written(tmp_path)
-    text = (tmp_path / "summary.md").read_text()
-    assert "## Conformance: fail" in text
-    assert "| passed | 1 of 2 | 0 of 1 |" in text
-    assert "- `rule.a.two`: because" in text
-    assert "- not offered, 1: because (`rule.b.one`)" in text
-
-
-def test_summary_stays_short_and_whole(tmp_path):
-    suite = {f"rule.a.n{i}": "core" for i in range(300)}
-    planned = tuple(item(slug) for slug in suite)
-    nasty = "a | b\n# title `code` <script>" + "x" * 5000
-    records = [ended(slug, "fail", nasty) for slug in suite]
-    head = written(tmp_path)[0]
-    text = report.summary_markdown(head, records, judge(Plan(planned, suite), records))
-    assert len(text) < 20_000
-    assert "<script" not in text
-    assert "\n# title" not in text
-    assert "and 260 more" in text
+    stream.ReportWriter(tmp_path)
+    with pytest.raises(reader.NotAReport):
+        reader.read_report(tmp_path)
+    assert not [name for name in PAGES if (tmp_path / name).exists()]
 
 
 def test_terminal_lines_are_few(tmp_path):
     suite = {f"rule.a.n{i}": "core" for i in range(300)}
     planned = tuple(item(slug) for slug in suite)
     records = [ended(slug, "fail" if i % 2 else "declined") for i, slug in enumerate(suite)]
-    lines = report.terminal_lines(records, judge(Plan(planned, suite), records))
+    lines = terminal_lines(records, judge(Plan(planned, suite), records))
     assert len(lines) < 60
     assert sum(line.startswith("declined: 150 requirements") for _, line in lines) == 1
     assert verdict.WORDS.keys() >= {record["outcome"] for record in records}

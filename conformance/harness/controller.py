@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from conformance.harness import gpu_isolation, records, report, verdict
+from conformance.harness import gpu_isolation, records, verdict
 from conformance.harness.numerics import NumericsError
 from conformance.harness.numerics_run import ATTRIBUTE, NumericsRun, asks_for_numerics
 from conformance.harness.records import PROPERTY, REPORTED_PHASES
+from conformance.reports.stream import ReportWriter
+from conformance.reports.terminal import terminal_lines
 
 
 class Controller:
@@ -28,11 +30,11 @@ class Controller:
         self.other_failures = 0
         self.verdict: verdict.Verdict | None = None
         self.plan_folder: tempfile.TemporaryDirectory | None = None
-        self.writer: report.ReportWriter | None = None
+        self.writer: ReportWriter | None = None
         folder = config.getoption("conformance_report")
         if folder:
             try:
-                self.writer = report.ReportWriter(Path(folder))
+                self.writer = ReportWriter(Path(folder))
             except OSError as error:
                 why = error.strerror or error
                 raise pytest.UsageError(
@@ -137,7 +139,7 @@ class Controller:
 
     def lines(self) -> Iterable[tuple[str, str]]:
         """What the terminal shows at the end."""
-        lines = report.terminal_lines(list(self.records.values()), self.verdict)
+        lines = terminal_lines(list(self.records.values()), self.verdict)
         return [*lines, *(self.numerics.lines if self.numerics else ())]
 
     @property

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from conformance.harness import gpu_isolation, gpu_lane, ledger, records, report, verdict
+from conformance.harness import gpu_isolation, gpu_lane, ledger, records, verdict
 from conformance.harness.environment import describe_environment, describe_implementation
 from conformance.harness.failures import ConformanceFailure, NotOffered, NotRun
 from conformance.harness.gpu_isolation import names_gpu
@@ -27,6 +27,7 @@ from conformance.harness.numerics_run import ATTRIBUTE, asks_for_numerics
 from conformance.harness.records import PROPERTY, REPORTED_PHASES
 from conformance.harness.resolve import CannotResolve, Resolved, from_fixture, resolve
 from conformance.harness.settings import Settings, SettingsError, read_settings, required_slugs
+from conformance.reports.stream import header
 
 if TYPE_CHECKING:
     from conformance.harness.requirement import Requirement
@@ -110,7 +111,7 @@ class Runner:
         self.items = planned_items(chosen)
         gpu = names_gpu(self.config.getoption("markexpr", ""))
         could_hold = self._could_hold(suite, gpu)
-        head = report.header(
+        head = header(
             implementation=implementation,
             environment=describe_environment(_device(gpu)),
             profile=profile,
