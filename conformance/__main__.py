@@ -1,4 +1,4 @@
-"""``python -m conformance``: what the suite knows, and the regression gate."""
+"""``python -m conformance``: what the suite knows, the regression gate, and a repository's start."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from conformance.gate import command as gate
+from conformance.scaffold import command as scaffold
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print one of the lists, or run the gate; the exit status is 4 for a user's mistake."""
+    """Run one of the commands; the exit status is 4 for a user's mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m conformance",
         description="What the conformance suite knows, and whether code got slower. The suite "
@@ -22,11 +23,21 @@ def main(arguments: list[str] | None = None) -> int:
     for name, (_, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--json", action="store_true", help="as JSON")
+        if name == "bugs":
+            command.add_argument("--matrix", metavar="FILE", help="write the matrix as a page")
     about = "tell whether the head is slower than the base"
     gate.add_options(commands.add_parser("gate", help=about, description=gate.__doc__))
+    about = "write an adapter, tests and workflows into a repository"
+    scaffold.add_options(commands.add_parser("init", help=about, description=scaffold.__doc__))
     options = parser.parse_args(arguments)
     if options.command == "gate":
         return gate.run(options)
+    if options.command == "init":
+        return scaffold.run(options)
+    if options.command == "bugs" and options.matrix:
+        from conformance import kill_matrix_page
+
+        return kill_matrix_page.run(options.matrix)
     from conformance.harness.data import DataMissing
 
     try:
@@ -103,6 +114,7 @@ def bugs() -> list[dict[str, Any]]:
                     "caught_by": [],
                     "without_precision_lane": None,
                     "title": entry["title"],
+                    "mechanism": None,
                     "source": entry["source"],
                 }
             )
@@ -122,6 +134,7 @@ def _planted_row(bug: Any, entry: dict[str, Any], matrix: dict[str, Any]) -> dic
         "caught_by": list(measured.get("caught_by", [])) if measured else None,
         "without_precision_lane": measured.get("without_precision_lane") if measured else None,
         "title": entry.get("title", bug.mechanism),
+        "mechanism": bug.mechanism,
         "source": entry.get("source"),
     }
 
