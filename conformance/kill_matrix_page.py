@@ -10,7 +10,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 MOST_NAMED = 4
@@ -18,6 +17,24 @@ MOST_NAMED = 4
 
 ALONE = "without low precision"
 """Heading of the column that tells whether the semantic and exact lanes catch a bug alone."""
+
+INTRODUCTION = """\
+# The kill matrix
+
+{bugs} documented bugs are planted over the reference; {caught} are caught, {alone} of them also without
+the comparisons in bfloat16 and float16. Of {requirements} requirements {failing} fail for at least one
+bug, {with_one} for exactly one.
+
+The other {others} fail for none of these bugs, which do not break their rules. For each of them
+`meta_tests/` has a near miss, a mistake of a line or two that no catalogue lists, for which it fails
+(`test_requirements_can_fail.py`). {gpu} of them run on a GPU alone, where this was not measured.
+
+Of some contracts a bug meets only the first cases of each requirement, to keep the measurement short,
+and all cases of the requirement whose rule it breaks: others may catch it that its row does not count.
+
+This page is written by `python -m conformance bugs --matrix docs/kill_matrix.md` from
+`fixtures/kill_matrix.json`. Any bug can be run: `pytest conformance --impl known-bug:ID` must fail.
+"""
 
 Row = Mapping[str, Any]
 
@@ -70,32 +87,16 @@ def _head(
     alone = sum(bool(bug["without_precision_lane"]) for bug in planted)
     none = [row for row in requirements if row["slug"] not in caught]
     gpu = sum(row["gpu"] for row in none)
-    yield "# The kill matrix"
-    yield ""
-    yield (
-        f"{len(planted)} documented bugs are planted over the reference; {number} are caught, {alone} "
-        f"of them also without the comparisons in bfloat16 and float16. {len(requirements)} "
-        f"requirements catch them: {len(requirements) - len(none)} fail for at least one bug, "
-        f"{_with_one(caught)} for exactly one."
-    )
-    yield ""
-    yield (
-        f"The other {len(none)} fail for none of these bugs, which do not break their rules. For each of "
-        f"them `meta_tests/` has a near miss, a mistake of a line or two that no catalogue lists, for which "
-        f"it fails (`test_requirements_can_fail.py`). {gpu} of them run on a GPU alone, where this was not "
-        f"measured."
-    )
-    yield ""
-    yield (
-        "Of some contracts a bug meets only the first cases of each requirement, to keep this measurement "
-        "short, and all cases of the requirement whose rule it breaks. So a requirement that is not named in "
-        "a row may catch the bug too."
-    )
-    yield ""
-    yield (
-        "This page is written by `python -m conformance bugs --matrix docs/kill_matrix.md` from "
-        "`fixtures/kill_matrix.json`. Any bug can be run: `pytest conformance --impl known-bug:ID` must fail."
-    )
+    yield from INTRODUCTION.format(
+        bugs=len(planted),
+        caught=number,
+        alone=alone,
+        requirements=len(requirements),
+        failing=len(requirements) - len(none),
+        with_one=sum(len(bugs) == 1 for bugs in caught.values()),
+        others=len(none),
+        gpu=gpu,
+    ).splitlines()
     yield ""
     yield "| contract | bugs | caught | requirements |"
     yield "| --- | ---: | ---: | ---: |"
@@ -110,31 +111,31 @@ def _head(
 def _contract_section(contract: str, bugs: list[Row]) -> Iterator[str]:
     yield f"## {contract}"
     yield ""
-    yield f"| bug | what it does | documented in | breaks | caught by | {ALONE} |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield f"| bug | what it does | documented in | breaks | caught by | also by | {ALONE} |"
+    yield "| --- | --- | --- | --- | ---: | --- | --- |"
     for bug in bugs:
         cells = (
             f"`{bug['id']}`",
             cell(bug["mechanism"]),
             source_cell(bug["source"]),
             f"`{short(bug['breaks'], contract)}`",
-            _caught_cell(bug, contract),
+            *_caught_cells(bug, contract),
             {True: "yes", False: "no", None: ""}[bug["without_precision_lane"]],
         )
         yield f"| {' | '.join(cells)} |"
     yield ""
 
 
-def _caught_cell(bug: Row, contract: str) -> str:
+def _caught_cells(bug: Row, contract: str) -> tuple[str, str]:
+    """How many requirements catch a bug, and the first of them beside the one whose rule it breaks."""
     if bug["caught_by"] is None:
-        return "not measured"
+        return "", "not measured"
     if not bug["caught_by"]:
-        return "**nothing**"
-    first = [slug for slug in bug["caught_by"] if slug == bug["breaks"]]
+        return "**0**", "nothing"
     others = [slug for slug in bug["caught_by"] if slug != bug["breaks"]]
-    shown = [f"`{short(slug, contract)}`" for slug in (first + others)[:MOST_NAMED]]
-    more = len(bug["caught_by"]) - len(shown)
-    return f"{len(bug['caught_by'])}: {', '.join(shown)}" + (f", {more} more" if more else "")
+    shown = [f"`{short(slug, contract)}`" for slug in others[:MOST_NAMED]]
+    more = len(others) - len(shown)
+    return str(len(bug["caught_by"])), ", ".join(shown) + (f", {more} more" if more else "")
 
 
 def _unplanted_section(rows: list[Row]) -> Iterator[str]:
@@ -184,10 +185,6 @@ def _requirements_section(
     for contract, uncaught in by_contract.items():
         names = (f"`{short(slug, contract)}`{' (GPU)' if slug in gpu else ''}" for slug in uncaught)
         yield f"- {contract}, {len(uncaught)}: {', '.join(names)}"
-
-
-def _with_one(caught: Mapping[str, list[str]]) -> int:
-    return sum(len(bugs) == 1 for bugs in caught.values())
 
 
 def short(slug: str, contract: str) -> str:
