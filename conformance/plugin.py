@@ -40,6 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="only the few requirements, in seconds, that show whether the adapter is wired right",
     )
     group.addoption(
+        "--conformance-part",
+        metavar="K/N",
+        type=_part,
+        help="only every N-th requirement, beginning with the K-th: a run split over N machines",
+    )
+    group.addoption(
         "--conformance-report",
         metavar="DIR",
         help="write report.jsonl and summary.md into this folder",
@@ -79,6 +85,15 @@ def _seconds(text: str) -> float:
     if not (seconds > 0 and math.isfinite(seconds)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return seconds
+
+
+def _part(text: str) -> tuple[int, int]:
+    import argparse
+
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 1/4")
+    return int(number), int(parts)
 
 
 def _factor(text: str) -> float:
@@ -250,10 +265,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m take items away
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Count the requirements, and with ``--smoke`` keep the few that are asked for."""
+    """Count the requirements, and keep those that the options ask for."""
     if not any(_requirement(item) for item in items):
         return
-    kept = _runner(config).select(items, config.getoption("conformance_smoke"))
+    smoke, part = map(config.getoption, ("conformance_smoke", "conformance_part"))
+    kept = _runner(config).select(items, smoke, part)
     dropped = [item for item in items if item not in set(kept)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)

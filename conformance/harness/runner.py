@@ -77,20 +77,30 @@ class Runner:
         """Time for one requirement, where the user gave one."""
         return self.config.getoption("conformance_timeout")
 
-    def select(self, items: list[pytest.Item], smoke: bool) -> list[pytest.Item]:
+    def select(
+        self, items: list[pytest.Item], smoke: bool, part: tuple[int, int] | None = None
+    ) -> list[pytest.Item]:
         """The items that a run is left with.
 
         Taken out are, with ``--smoke``, all but the few, and without ``-m gpu`` what only a GPU can be
-        held to: it takes most of a card's memory, which nobody expects of a plain run.
+        held to: it takes most of a card's memory, which nobody expects of a plain run. Of what is left
+        ``part`` (k, n) keeps every n-th requirement from the k-th on: all parts together are the run.
         """
         self.collected = sum(requirement_of(item) is not None for item in items)
         gpu = names_gpu(self.config.getoption("markexpr", ""))
 
-        def kept(item: pytest.Item) -> bool:
+        def asked_for(item: pytest.Item) -> bool:
             found = requirement_of(item)
             return found is None or ((found.smoke or not smoke) and (gpu or not found.gpu))
 
-        return [item for item in items if kept(item)]
+        kept = [item for item in items if asked_for(item)]
+        if part is None:
+            return kept
+        # By slug, so that a requirement on two devices is in one part.
+        slugs = dict.fromkeys(found.slug for item in kept if (found := requirement_of(item)))
+        number, parts = part
+        mine = set(list(slugs)[number - 1 :: parts])
+        return [item for item in kept if not (found := requirement_of(item)) or found.slug in mine]
 
     def plan(self, session: pytest.Session) -> dict[str, Any] | None:
         """Everything that the controller needs to know; None where there is nothing to do."""
