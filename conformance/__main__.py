@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from conformance.gate import command as gate
+from conformance.reports import command as reports
 from conformance.scaffold import command as scaffold
 
 
@@ -29,7 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     gate.add_options(commands.add_parser("gate", help=about, description=gate.__doc__))
     about = "write an adapter, tests and workflows into a repository"
     scaffold.add_options(commands.add_parser("init", help=about, description=scaffold.__doc__))
+    for name, (add_options, about) in REPORTS.items():
+        add_options(commands.add_parser(name, help=about, description=reports.__doc__))
     options = parser.parse_args(arguments)
+    if options.command in REPORTS:
+        return reports.run(options)
     if options.command == "gate":
         return gate.run(options)
     if options.command == "init":
@@ -171,6 +176,11 @@ def _bug_lines(rows: list[dict[str, Any]]) -> Iterable[str]:
         f"{f', {unmeasured} not measured' if unmeasured else ''}; {other} entries not planted"
     )
 
+
+REPORTS = {
+    "report": (reports.add_report_options, "show one report, several, or what changed"),
+    "merge": (reports.add_merge_options, "make one report of a run that was split over runners"),
+}
 
 COMMANDS = {
     "impls": (impls, "list the bundled adapters"),

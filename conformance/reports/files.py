@@ -25,7 +25,7 @@ def write_pages(folder: Path, texts: Mapping[str, str]) -> list[Path]:
     """Write pages by name into a folder that is made where it is missing; OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        encoded = text.encode("utf-8", "replace")
+        encoded = text.encode("utf-8", "backslashreplace")
         write_atomically(folder / name, lambda file, encoded=encoded: file.write(encoded))
     return [folder / name for name in texts]
 

@@ -24,6 +24,9 @@ from conformance.reports.reader import Report, slug_of
 
 Record = Mapping[str, Any]
 
+ABSENT = "not in the suite"
+"""How a requirement ended that another report has and this one does not know."""
+
 UNCHECKED = (NOT_OFFERED, DECLINED, INCONCLUSIVE, NOT_RUN)
 """Outcomes that say nothing about the implementation."""
 
@@ -86,6 +89,29 @@ def partly_declined(records: Iterable[Record]) -> dict[str, int]:
         if record["executed"]:
             reasons.update(record["declined"].keys())
     return dict(reasons)
+
+
+@dataclass(frozen=True)
+class End:
+    """How one requirement ended in one run, whether it has a record or not."""
+
+    outcome: str
+    record: Record | None = None
+
+    @property
+    def words(self) -> str:
+        """The outcome in words."""
+        return ABSENT if self.outcome == ABSENT else WORDS[self.outcome]
+
+
+def ends(report: Report) -> dict[str, End]:
+    """How every requirement of the suite ended, by id; the planned ones first."""
+    by_id = {record["id"]: record for record in report.records}
+    found = {
+        id: End(by_id[id]["outcome"], by_id[id]) if id in by_id else End("missing")
+        for id in report.header["planned"]
+    }
+    return found | {slug: End("deselected") for slug in deselected(report)}
 
 
 @dataclass(frozen=True)

@@ -185,12 +185,18 @@ def sentences(report: Report) -> list[str]:
         passed = f"{thousands(ends.get(PASS, 0))} of {thousands(ends['suite'])}"
         said.append(f"{passed} {level} requirements passed" + "".join(f"; {each}" for each in rest))
     cases, lanes = counts["cases"], counts["comparisons"]
-    compared = " and ".join(f"{thousands(lanes[lane])} {lane}" for lane in LANES if lanes.get(lane))
+    compared = enumerated(f"{thousands(lanes[lane])} {lane}" for lane in LANES if lanes.get(lane))
     said.append(
         f"{thousands(cases['executed'])} of {thousands(cases['drawn'])} drawn cases executed"
         f", with {compared or 'no'} comparisons"
     )
     return [f"{each}." for each in said]
+
+
+def enumerated(parts: Iterable[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    parts = list(parts)
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def used_ends(counts: Iterable[Mapping[str, Any]]) -> list[str]:

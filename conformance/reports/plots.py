@@ -105,7 +105,7 @@ def binned(errors: Sequence[float | None], most: int = MOST_BARS) -> list[float]
 def profile_bars(errors: Sequence[float | None], limit: float | None) -> Markup:
     """Bars of the largest error at each index, on a logarithmic axis, with the line of the limit."""
     bars, height = binned(errors), 48.0
-    width = 480.0 / max(len(bars), 8)
+    width = 480.0 / max(len(bars), 1)
     finite = [each for each in bars if 0 < each < math.inf]
     top = math.log10(max([*finite, (limit or 0) * 10, 1e-300]))
     bottom = math.log10(limit / 100) if limit else min([top - 3, *map(math.log10, finite)])
@@ -126,7 +126,7 @@ def profile_bars(errors: Sequence[float | None], limit: float | None) -> Markup:
             f'<rect class="{"over" if over and each else "within"}" x="{index * width + 1:.1f}" '
             f'y="{height - size:.1f}" width="{max(width - 2, 1):.1f}" height="{size:.1f}"/>'
         )
-    total = max(len(bars), 8) * width
+    total = 480.0
     if limit:
         y = height - tall(limit)
         parts.append(f'<path class="limit" d="M0 {y:.1f}H{total:.1f}"/>')
