@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from conformance.harness.calls import Call, dtype_name
+from conformance.harness.compared import Compared, axes_of
 from conformance.harness.failures import ConformanceFailure, Inconclusive
 from conformance.harness.lanes import EXACT, lane_of
 from conformance.harness.numerics import measured
@@ -55,6 +56,7 @@ def assert_close_to(
     if not expected.numel():
         raise Inconclusive(f"{name} is empty")
     found = actual.detach().to("cpu", torch.float64)
+    compared = Compared(name, axes_of(call.contract, name, found.ndim), found, expectation)
     finite = torch.isfinite(expected)
     bad = torch.where(finite, ~torch.isfinite(found), found != expected)
     if bool(bad.any()):
@@ -66,6 +68,7 @@ def assert_close_to(
             call=call,
             lane=lane,
             shown_by=shown_by(name, at, expected),
+            compared=compared,
         )
     if expectation.ill_conditioned:
         raise Inconclusive("ill-conditioned: rounding alone may change the result beyond use")
@@ -84,6 +87,7 @@ def assert_close_to(
         call=call,
         lane=lane,
         shown_by=shown_by(name, worst_index(found, expected), expected),
+        compared=compared,
     )
 
 

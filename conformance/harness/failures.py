@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from conformance.diagnosis import Diagnosis
     from conformance.harness.calls import Call
+    from conformance.harness.compared import Compared
     from conformance.harness.requirement import Requirement
 
 
@@ -18,7 +20,8 @@ class ConformanceFailure(AssertionError):
     ``kind`` is one of a few stable phrases (``wrong values``, ``non-finite``, ``wrong shape`` …) that
     a ledger entry can name; ``summary`` is one line; ``details`` are further lines; ``call`` is the
     :class:`~conformance.harness.calls.Call` that failed; ``shown_by`` is the line of Python that
-    shows the fault after that call, which leaves its result in ``out`` (and ``lse``).
+    shows the fault after that call, which leaves its result in ``out`` (and ``lse``); ``compared`` is
+    the output that is not as expected.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class ConformanceFailure(AssertionError):
         call: Call | None = None,
         lane: str = "exact",
         shown_by: str = "print(out)",
+        compared: Compared | None = None,
     ) -> None:
         super().__init__(summary)
         self.kind = kind
@@ -38,6 +42,8 @@ class ConformanceFailure(AssertionError):
         self.call = call
         self.lane = lane
         self.shown_by = shown_by
+        self.compared = compared
+        self.diagnosis: Diagnosis | None = None
         self.requirement: Requirement | None = None
         self.import_lines: tuple[str, ...] = ()
 

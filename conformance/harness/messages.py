@@ -18,10 +18,22 @@ def failure_message(failure: ConformanceFailure) -> str:
         lines += [f"case    {failure.call.case!r}"]
         lines += [f"lane    {failure.lane}, in {dtype_name(failure.call.dtype)}"]
     lines += [f"        {detail}" for detail in failure.details]
+    lines += diagnosis_lines(failure)
     if failure.call is not None:
         lines += ["", "reproduce"]
         lines += [f"    {line}" for line in reproduction(failure)]
     return "\n".join(lines)
+
+
+def diagnosis_lines(failure: ConformanceFailure) -> list[str]:
+    """Which known bug the failure is, or what was seen of it."""
+    if failure.diagnosis is None:
+        return []
+    from conformance.diagnosis import wording
+
+    said = wording.lines(failure.diagnosis)
+    heads = ["looks like" if failure.diagnosis.named else "diagnosis", *[""] * len(said)]
+    return ["", *(f"{head:<12}{line}" for head, line in zip(heads, said))] if said else []
 
 
 def reproduction(failure: ConformanceFailure) -> list[str]:

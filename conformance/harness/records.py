@@ -109,6 +109,7 @@ def make_record(
             **_counts(tally),
             "duration": round(duration, 4),
             "failure": failure_of(error) if isinstance(error, ConformanceFailure) else None,
+            "diagnosis": None,
             "ledger": None,
         }
     )
@@ -133,6 +134,7 @@ def died(planned: Mapping[str, Any], stacks: str = "") -> dict[str, Any]:
         "reproduction": [],
         "rule": None,
         "source": None,
+        "measured": None,
     }
     return record
 
@@ -167,6 +169,7 @@ def failure_of(failure: ConformanceFailure) -> dict[str, Any]:
         "reproduction": reproduction(failure) if failure.call is not None else [],
         "rule": requirement.rule if requirement else None,
         "source": requirement.source if requirement else None,
+        "measured": failure.compared.as_data() if failure.compared is not None else None,
     }
 
 

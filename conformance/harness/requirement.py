@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 Level = Literal["core", "extended"]
 
+Drawn = Mapping[str, Any]
+"""What Hypothesis drew for one run of a test: the ``case``, and whatever else the test takes."""
+
 _SLUG = re.compile(r"[a-z_]+(\.[a-z0-9-]+)+")
 
 
@@ -55,9 +58,17 @@ class Tally:
     """The largest error statistic seen, as a share of its limit."""
     errors: list[Measured] = field(default_factory=list)
     """How far off each comparison was, for the numerics ledger."""
+    failing: list[Drawn] = field(default_factory=list)
+    """The first case that failed, and the last, which is the smallest."""
+
+    def note_failing(self, drawn: Drawn) -> None:
+        """Keep a case that failed."""
+        self.failing[1:] = [drawn]
 
 
 _tally: ContextVar[Tally | None] = ContextVar("tally", default=None)
+_drawn: ContextVar[list[Drawn] | None] = ContextVar("drawn", default=None)
+"""Takes the cases in place of their being checked."""
 
 
 def current_tally() -> Tally:
@@ -79,6 +90,8 @@ class Requirement:
     several_ranks: bool
     """Whether one rank would say nothing: with fewer GPUs than ranks it does not run there."""
     test: Callable
+    body: Callable
+    """The check of one case, as it is written."""
     confusable_by_design: frozenset[str]
     last_tally: Tally = field(default_factory=Tally)
 
@@ -96,6 +109,32 @@ class Requirement:
         """
         self.test(**{self.contract: method, "seconds": seconds})
         return self.last_tally
+
+    def check_case(self, subject: Subject, drawn: Drawn) -> None:
+        """Check one case alone; it counts for nothing."""
+        case = drawn["case"]
+        if subject.device == "cuda":
+            gpu_lane.settle_arithmetic()
+            case, _ = gpu_lane.on_the_gpus_there_are(case, self.several_ranks)
+        token = _tally.set(Tally())
+        try:
+            self.body(**{**drawn, "case": case, self.contract: subject})
+        finally:
+            _tally.reset(token)
+
+    def drawn_cases(self, subject: Subject) -> list[Drawn]:
+        """The cases that the gate draws for this device, none of which is run."""
+        test = self.test.__wrapped__
+        drawn: list[Drawn] = []
+        token = _drawn.set(drawn)
+        test._hypothesis_internal_use_settings = profiles.PROFILES["gate"]
+        test._hypothesis_internal_use_seed = None
+        try:
+            with profiles.without_local_constants():
+                test(**{self.contract: subject})
+        finally:
+            _drawn.reset(token)
+        return drawn
 
     def lint(self, tally: Tally) -> None:
         """Raise unless the executed cases could have shown the bug that the rule is about."""
@@ -162,6 +201,7 @@ def requirement(
             gpu=gpu,
             several_ranks=several_ranks,
             test=test,
+            body=test.hypothesis.inner_test,
             confusable_by_design=frozenset(confusable),
         )
         test.hypothesis.inner_test = _counted(record, test.hypothesis.inner_test)
@@ -236,6 +276,10 @@ def _counted(record: Requirement, inner: Callable) -> Callable:
 
     @functools.wraps(inner)
     def body(*args: Any, case: Any, **kwargs: Any) -> None:
+        others = {name: value for name, value in kwargs.items() if name != record.contract}
+        if (drawn := _drawn.get()) is not None:
+            drawn.append({"case": case, **others})
+            return
         tally = current_tally()
         tally.drawn += 1
         subject: Subject = kwargs[record.contract]
@@ -258,6 +302,8 @@ def _counted(record: Requirement, inner: Callable) -> Callable:
         except NotRun as error:
             tally.not_run[str(error)] += 1
         except Exception as error:
+            if isinstance(error, ConformanceFailure):
+                tally.note_failing({"case": case, **others})
             lost = gpu_lane.lost_by(error) if on_gpu else None
             if lost is None:
                 raise

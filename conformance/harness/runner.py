@@ -37,6 +37,13 @@ CAPTURED = 4000
 """Characters of captured output that a failing requirement shows."""
 
 
+DIAGNOSED = (records.FAIL, records.LEDGER_MISMATCH)
+"""Outcomes of which it is asked what the failure is; a known failure is known."""
+
+NOT_REPEATED = ("timed out", "rank hung", "ranks wait for each other", "rank died")
+"""Kinds of failure that a second run of the case would wait for as long again."""
+
+
 class BrokenSuite(RuntimeError):
     """The requirements of the suite cannot be imported."""
 
@@ -269,6 +276,8 @@ class Runner:
         entry = self.entry_of(item)
         if entry is not None:
             self._settle(found, entry, record)
+        if record["outcome"] in DIAGNOSED and isinstance(error, ConformanceFailure):
+            record["diagnosis"] = records.clean(self._diagnose(item, found, error))
         _show(result, record, error, item)
         result.user_properties = [
             *(p for p in result.user_properties if p[0] != PROPERTY),
@@ -276,6 +285,22 @@ class Runner:
         ]
         if asks_for_numerics(self.config) and record["outcome"] == records.PASS:
             setattr(result, ATTRIBUTE, entry_of(found.last_tally.errors))
+
+    def _diagnose(
+        self, item: pytest.Item, found: Requirement, failure: ConformanceFailure
+    ) -> dict[str, Any] | None:
+        """What the failure is, in the record's form; its message says it, too."""
+        subject = item.funcargs.get(found.contract)
+        failing = found.last_tally.failing
+        if subject is None or not failing or found.gpu or not can_be_repeated(failure):
+            return None
+        from conformance.diagnosis import search, wording
+
+        workers = getattr(self.config, "workerinput", {}).get("workercount", 1)
+        failure.diagnosis = search.diagnose(
+            found, subject, failure, failing, seconds=search.SECONDS / workers
+        )
+        return wording.as_data(failure.diagnosis)
 
     def _settle(self, found: Requirement, entry: ledger.Entry, record: dict[str, Any]) -> None:
         failure = record["failure"]
@@ -288,6 +313,11 @@ class Runner:
         )
         record["ledger"] = entry.as_json()
         record["outcome"], record["reason"] = outcome, records.clean(reason or record["reason"])
+
+
+def can_be_repeated(failure: ConformanceFailure) -> bool:
+    """Whether the failing case can be run again in this process in a short time."""
+    return failure.kind not in NOT_REPEATED and not gpu_lane.why_lost(failure)
 
 
 def plan_or_stop(runner: Runner, session: pytest.Session) -> dict[str, Any] | None:

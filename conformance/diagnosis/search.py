@@ -1,0 +1,255 @@
+"""The search for the known bug that a failure is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from conformance.diagnosis.agreement import agree
+from conformance.diagnosis.candidates import Candidate, candidates, caught_by, pairs
+from conformance.diagnosis.observation import FAILED, SILENT, Observation, observe
+from conformance.diagnosis.signatures import signatures
+from conformance.harness.deadline import deadline
+from conformance.harness.failures import ConformanceFailure, TimedOut
+from conformance.harness.requirement import Drawn, Requirement, all_requirements
+from conformance.harness.subject import Subject
+
+SECONDS = 10.0
+"""Time for all failures of a contract, in all processes of a run together."""
+
+SHARE = 0.5
+"""Of the time that is left a failure may take so much; the ones after it need some."""
+
+OWN_SHARE = 0.25
+"""Of a failure's time the implementation itself may take so much; the rest is for known bugs."""
+
+MOST_NAMED = 3
+"""So many bugs that cannot be told apart are named; more of them are no diagnosis."""
+
+TELLING_REQUIREMENTS = 6
+"""Other requirements that are looked at to tell bugs apart that fit alike."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a failure is, as far as it can be told."""
+
+    named: tuple[Candidate, ...] = ()
+    """Known bugs that do the same; more than one cannot be told apart."""
+    seen: tuple[str, ...] = ()
+    """Observations where no known bug fits."""
+    cases: int = 0
+    """Cases on which the implementation and those bugs did the same."""
+    seconds: float = 0.0
+    note: str | None = None
+
+
+@dataclass
+class Clock:
+    """The time that a contract's diagnoses may still take in this process."""
+
+    left: float
+    ends: float = 0.0
+
+    @contextmanager
+    def running(self, share: float):
+        """Take time from what is left, and not more than a share of it."""
+        began = time.monotonic()
+        self.ends = began + self.left * share
+        try:
+            yield
+        finally:
+            self.left = max(0.0, self.left - (time.monotonic() - began))
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the time that was taken is over."""
+        return self.ends - time.monotonic()
+
+
+@dataclass
+class Memory:
+    """What earlier failures of the contract in this process were."""
+
+    clock: Clock
+    explained_by: list[Candidate] = field(default_factory=list)
+
+
+_memories: dict[str, Memory] = {}
+
+
+def diagnose(
+    requirement: Requirement,
+    subject: Subject,
+    failure: ConformanceFailure,
+    failing: list[Drawn],
+    *,
+    seconds: float = SECONDS,
+) -> Diagnosis:
+    """What the failure of a requirement is; ``failing`` are its cases, the smallest last.
+
+    ``seconds`` are those of all failures of the contract in this process.
+    """
+    memory = _memories.setdefault(requirement.contract, Memory(Clock(seconds)))
+    began = time.monotonic()
+    with memory.clock.running(SHARE):
+        search = Search(requirement, subject, memory.clock)
+        try:
+            with deadline(max(memory.clock.remaining, 0.0) + OVERTIME, HARD_FACTOR):
+                search.run(failing, memory.explained_by)
+        except TimedOut:
+            search.cut = True
+    memory.explained_by[:] = search.named or memory.explained_by
+    named = tuple(search.named) if len(search.named) <= MOST_NAMED else ()
+    seen = () if named else search.crowd() + signatures(search.largest_failure() or failure)
+    return Diagnosis(
+        named=named,
+        seen=seen,
+        cases=search.agreed if named else 0,
+        seconds=round(time.monotonic() - began, 2),
+        note=search.note(),
+    )
+
+
+OVERTIME = 1.0
+"""Seconds in which the case that runs when the time is over may still end."""
+
+HARD_FACTOR = 6
+"""A planted bug that never returns ends the process after so many times the time it had."""
+
+
+def forget() -> None:
+    """Begin anew, as at the start of a run."""
+    _memories.clear()
+
+
+class Search:
+    """One search: cases on which implementation and bugs are compared, and what fitted so far."""
+
+    def __init__(self, requirement: Requirement, subject: Subject, clock: Clock) -> None:
+        self.requirement, self.subject, self.clock = requirement, subject, clock
+        self.own: list[tuple[Requirement, Drawn, Observation]] = []
+        self.named: list[Candidate] = []
+        self.agreed = 0
+        self.tried = self.all = 0
+        self.cut = False
+
+    def run(self, failing: list[Drawn], likely: list[Candidate]) -> None:
+        """Name the bugs that do what the implementation does."""
+        self._observe_own(failing)
+        if not self.own or self.own[0][2].ended != FAILED:
+            return
+        self._keep_fitting(likely)
+        if self.named:
+            return
+        singles = candidates(self.requirement)
+        self.all = len(singles)
+        self._keep_fitting(singles, count=True)
+        if len(self.named) > 1:
+            self._tell_apart()
+        if not self.named:
+            self._keep_fitting(pairs(self._in_part(singles)), most=1)
+
+    def _observe_own(self, failing: list[Drawn]) -> None:
+        """What the implementation does on the failing cases and those that the gate draws."""
+        cases = [*failing[::-1], *self.requirement.drawn_cases(self.subject)]
+        enough = self.clock.remaining * (1 - OWN_SHARE)
+        for case in _distinct(cases):
+            if self.own and self.clock.remaining < enough:
+                return
+            seen = observe(self.requirement, self.subject, case)
+            if seen.ended != SILENT:
+                self.own.append((self.requirement, case, seen))
+
+    def _keep_fitting(
+        self, tried: Iterable[Candidate], *, count: bool = False, most: int | None = None
+    ) -> None:
+        """Name those that agree wherever they say something, on the smallest failing case at least."""
+        for candidate in tried:
+            if self._over() or len(self.named) == most:
+                return
+            agreed = self._agrees(candidate)
+            self.tried += count
+            if agreed:
+                self.named.append(candidate)
+                self.agreed = max(self.agreed, agreed)
+
+    def _agrees(self, candidate: Candidate) -> int:
+        """The number of cases that a bug agrees on; 0 where it does otherwise on one of them."""
+        subject = candidate.subject(self.subject.device)
+        agreed = 0
+        for requirement, case, mine in self.own if subject is not None else ():
+            same = not self._over() and agree(mine, observe(requirement, subject, case))
+            if same is False or (same is None and not agreed):
+                return 0
+            agreed += same is True
+        return agreed
+
+    def _in_part(self, singles: list[Candidate]) -> list[Candidate]:
+        """The bugs that agree on some failing case before those that agree on none."""
+        some: list[Candidate] = []
+        for candidate in singles:
+            subject = candidate.subject(self.subject.device)
+            for requirement, case, mine in self.own if subject is not None else ():
+                if self._over():
+                    return some
+                if mine.ended == FAILED and agree(mine, observe(requirement, subject, case)):
+                    some.append(candidate)
+                    break
+        return [*some, *(each for each in singles if each not in some)]
+
+    def _tell_apart(self) -> None:
+        """Of bugs that fit alike keep those that fit on requirements, too, that some of them pass."""
+        for slug in _dividing(self.named)[:TELLING_REQUIREMENTS]:
+            fitting = self.named
+            requirement = all_requirements()[slug]
+            subjects = [candidate.subject(self.subject.device) for candidate in fitting]
+            votes = [0] * len(fitting)
+            for case in _distinct(requirement.drawn_cases(self.subject)):
+                if self._over():
+                    return
+                mine = observe(requirement, self.subject, case)
+                for index, subject in enumerate(subjects):
+                    votes[index] += agree(mine, observe(requirement, subject, case)) is False
+            left = [candidate for candidate, against in zip(fitting, votes) if not against]
+            self.named = left or fitting
+            if len(self.named) == 1:
+                return
+
+    def _over(self) -> bool:
+        if self.clock.remaining <= 0:
+            self.cut = True
+        return self.cut
+
+    def largest_failure(self) -> ConformanceFailure | None:
+        """The failure with the most compared elements: a small case shows the least."""
+        failures = [seen.failure for _, _, seen in self.own if seen.ended == FAILED]
+        with_output = [f for f in failures if f.compared is not None]
+        return max(with_output, key=lambda f: f.compared.found.numel(), default=None)
+
+    def crowd(self) -> tuple[str, ...]:
+        """That more bugs fit than could be called a diagnosis."""
+        if len(self.named) <= MOST_NAMED:
+            return ()
+        some = ", ".join(candidate.ids[0] for candidate in self.named[:MOST_NAMED])
+        return (f"{len(self.named)} known bugs do the same here, {some} among them",)
+
+    def note(self) -> str | None:
+        """That the search was not finished."""
+        if not self.cut:
+            return None
+        tried = f"{self.tried} of {self.all} known bugs" if self.all else "no known bug"
+        return f"time was over with {tried} tried"
+
+
+def _dividing(fitting: list[Candidate]) -> list[str]:
+    """Requirements that some of the bugs fail and others pass."""
+    failed = [set(caught_by(candidate.ids[0])) for candidate in fitting]
+    some = set().union(*failed) - set.intersection(*failed)
+    return [slug for slug, record in all_requirements().items() if slug in some and not record.gpu]
+
+
+def _distinct(cases: Iterable[Drawn]) -> list[Drawn]:
+    return list({repr(case): case for case in cases}.values())
