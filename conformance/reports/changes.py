@@ -12,21 +12,21 @@ from conformance.reports.outcomes import ABSENT, End, ends
 from conformance.reports.reader import Report
 
 NEWLY_FAILING = "newly failing"
-NOW_KNOWN = "now a known failure"
+NOW_KNOWN = "newly a known failure"
 NO_LONGER_CHECKED = "no longer checked"
-DECLINES_MORE = "declines cases that it took"
+DECLINES_MORE = "declining more"
 FIXED = "fixed"
 NEWLY_CHECKED = "newly checked"
-TOLERATED = "failing, and now in the ledger"
-FAILS_DIFFERENTLY = "fails differently"
-UNCHECKED_DIFFERENTLY = "not checked for another reason"
-OTHER_COUNTS = "other numbers of cases or comparisons"
+TOLERATED = "entered in the ledger"
+FAILS_DIFFERENTLY = "failing differently"
+UNCHECKED_DIFFERENTLY = "unchecked for another reason"
+OTHER_COUNTS = "passing with other counts"
 
 MEANINGS = {
     NEWLY_FAILING: "they did not fail before",
     NOW_KNOWN: "they passed before",
     NO_LONGER_CHECKED: "they were executed before",
-    DECLINES_MORE: "they still pass, on fewer kinds of cases",
+    DECLINES_MORE: "they pass, but decline cases that they took before",
     FIXED: "they failed before, and pass",
     NEWLY_CHECKED: "they were not executed before, and pass",
     TOLERATED: "they failed before as well",

@@ -103,6 +103,9 @@ def _several(paths: Sequence[Path], output: Path | None) -> int:
 
     several = side_by_side([(path, read_report(path)) for path in paths])
     _write_or_print(output, pages(several))
+    if output is not None:
+        differ = sum(row.differs for row in several.rows)
+        print(f"{len(several.names)} implementations differ in {differ} of {len(several.rows)}")
     return OK
 
 

@@ -24,6 +24,9 @@ from conformance.reports.reader import Report, slug_of
 
 Record = Mapping[str, Any]
 
+ONE = {**WORDS, KNOWN_FAILURE: "known failure"}
+"""How a single requirement ended, in words."""
+
 ABSENT = "not in the suite"
 """How a requirement ended that another report has and this one does not know."""
 
@@ -101,7 +104,7 @@ class End:
     @property
     def words(self) -> str:
         """The outcome in words."""
-        return ABSENT if self.outcome == ABSENT else WORDS[self.outcome]
+        return ONE.get(self.outcome, self.outcome)
 
 
 def ends(report: Report) -> dict[str, End]:

@@ -34,6 +34,7 @@ from conformance.reports.diagnoses import (
     observations,
 )
 from conformance.reports.outcomes import (
+    ONE,
     ContractCounts,
     by_contract,
     deselected,
@@ -147,7 +148,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals.update(WORDS=WORDS, SYMBOLS=SYMBOLS, VERDICTS=VERDICTS, LANES=LANES, plots=plots)
+    made.globals.update(WORDS=WORDS, ONE=ONE, SYMBOLS=SYMBOLS, VERDICTS=VERDICTS, LANES=LANES)
     made.filters.update(number=number, thousands=thousands, web_address=web_address)
     made.filters["duration"] = duration
     return made

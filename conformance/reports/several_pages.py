@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from conformance.harness.verdict import WORDS
-from conformance.reports import plots
 from conformance.reports.diagnoses import explanations
 from conformance.reports.files import PAGE, SUMMARY
 from conformance.reports.markdown import bullets, code, fitting, some, table
-from conformance.reports.outcomes import ABSENT, ContractCounts, End
-from conformance.reports.page import ENDS, SYMBOLS, command_line, render, used_ends
+from conformance.reports.outcomes import ABSENT, ONE, End
+from conformance.reports.page import SYMBOLS, command_line, contract_bar, render, used_ends
 from conformance.reports.several import Row, Several
 
 
@@ -29,14 +27,9 @@ def page(several: Several) -> str:
         used_ends=used_ends([report.footer["counts"] for report in several.reports]),
         bar_of=contract_bar,
         looks_like=looks_like,
-        words={**WORDS, ABSENT: ABSENT},
+        words={**ONE, ABSENT: ABSENT},
         symbols={**SYMBOLS, ABSENT: "·"},
     )
-
-
-def contract_bar(each: ContractCounts) -> object:
-    """A bar of how the requirements of a contract ended."""
-    return plots.stacked_bar([(end, each.both(end)) for end in ENDS])
 
 
 def looks_like(end: End) -> str:
