@@ -55,7 +55,8 @@ def diagnosed(*bugs, seen=(), note=None):
     named = [
         {
             "bugs": [bug] if isinstance(bug, str) else list(bug),
-            "mechanism": f"does {bug}",
+            "mechanism": f"does {bug}.",
+            "correct": f"Not {bug}.",
             "source": "paper 7",
         }
         for bug in bugs

@@ -104,7 +104,12 @@ def test_the_page_says_everything_that_is_known():
     for said in (
         *("Rules rule.", "paper 3", "Case(x=1)", "row 3 of 8", "import torch print(out)"),
         *("only row 3 differs", "stopped after 10 s", "largest error", "0.41", "not finite"),
-        *("does bug-one", "Documented in paper 7", "bug-two and bug-three"),
+        *(
+            "does bug-one.",
+            "Correct: Not bug-one.",
+            "Documented in paper 7",
+            "bug-two and bug-three",
+        ),
         *("known for long", "https://example.org/7", "2027-01-31", "bug-nine"),
         *("0.93", "no bfloat16", "rule.not.selected", "rule.never.reported", "why declined"),
         *("1 of 3 above the limit; largest 0.41 at 1", "--impl x"),

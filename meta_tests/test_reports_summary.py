@@ -63,7 +63,7 @@ def test_failures_are_grouped_by_diagnosis_as_on_the_page():
         ("Not as in the ledger of known failures", "1"),
         ("The harness broke: nothing is said about the implementation", "1"),
     ]
-    assert "does bug-one Source: paper 7." in text
+    assert "does bug-one. Correct: Not bug-one. Source: paper 7." in text
     assert "- `rule.diagnosed.n3`: `wrong` `only row 3 differs`" in text
     for record in everything().records:
         assert record["outcome"] == "pass" or f"`{record['id']}`" in text

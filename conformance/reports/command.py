@@ -105,7 +105,8 @@ def _several(paths: Sequence[Path], output: Path | None) -> int:
     _write_or_print(output, pages(several))
     if output is not None:
         differ = sum(row.differs for row in several.rows)
-        print(f"{len(several.names)} implementations differ in {differ} of {len(several.rows)}")
+        names, rows = len(several.names), len(several.rows)
+        print(f"{names} implementations differ in {differ} of {rows} requirements")
     return OK
 
 

@@ -38,6 +38,7 @@ class Explanation:
 
     bugs: tuple[str, ...]
     mechanism: str
+    correct: str
     source: str
 
     @property
@@ -71,7 +72,7 @@ def explanations(record: Mapping[str, Any]) -> tuple[Explanation, ...]:
     for named in diagnosis.get("named") or ():
         bugs = tuple(map(str, named.get("bugs") or ()))
         if bugs:
-            texts = (str(named.get(name) or "") for name in ("mechanism", "source"))
+            texts = (str(named.get(name) or "") for name in ("mechanism", "correct", "source"))
             found.append(Explanation(bugs, *texts))
     return tuple(found)
 

@@ -76,8 +76,9 @@ def _failures(red: list[Mapping[str, Any]], most: int) -> Iterable[str]:
         yield from ("", f"**{_title(group)}** ({len(group.records)} of {len(red)} failed)", "")
         for each in group.explanations:
             named = f"{code(each.name)}: " if group.kind == AMBIGUOUS else ""
+            correct = f" Correct: {escaped(each.correct, 400)}" if each.correct else ""
             source = f" Source: {escaped(each.source)}." if each.source else ""
-            yield from (f"{named}{escaped(each.mechanism, 400)}{source}", "")
+            yield from (f"{named}{escaped(each.mechanism, 400)}{correct}{source}", "")
         yield from bullets(map(_failure, group.records), most)
 
 
