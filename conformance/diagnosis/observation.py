@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from conformance.harness.failures import (
     ConformanceFailure,
     Declined,
     Inconclusive,
     NotRun,
 )
+from conformance.harness.lanes import dtypes_noted, limited_to
 from conformance.harness.requirement import Drawn, Requirement
 from conformance.harness.subject import Subject
 
@@ -23,16 +26,32 @@ class Observation:
 
     ended: str
     failure: ConformanceFailure | None = None
+    dtypes: frozenset[torch.dtype] = frozenset()
+    """Those that the implementation took on, until it failed; none where the case has no choice."""
 
 
-def observe(requirement: Requirement, subject: Subject, case: Drawn) -> Observation:
-    """Check one case, outside of Hypothesis and of the counts of a run."""
+def observe(
+    requirement: Requirement, subject: Subject, case: Drawn, like: Observation | None = None
+) -> Observation:
+    """Check one case, outside of Hypothesis and of the counts of a run.
+
+    In the dtypes alone that the observation ``like`` is of: what the implementation declines is not
+    asked of a known bug.
+    """
+    with limited_to(like.dtypes if like else frozenset()), dtypes_noted() as dtypes:
+        ended, failure = _end_of(requirement, subject, case)
+    return Observation(ended, failure, frozenset(dtypes))
+
+
+def _end_of(
+    requirement: Requirement, subject: Subject, case: Drawn
+) -> tuple[str, ConformanceFailure | None]:
     try:
         requirement.check_case(subject, case)
     except ConformanceFailure as failure:
-        return Observation(FAILED, failure)
+        return FAILED, failure
     except (Declined, Inconclusive, NotRun, NotImplementedError):
-        return Observation(SILENT)
+        return SILENT, None
     except Exception:  # a planted bug that cannot take this case proves nothing
-        return Observation(SILENT)
-    return Observation(PASSED)
+        return SILENT, None
+    return PASSED, None

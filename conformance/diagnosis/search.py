@@ -181,7 +181,7 @@ class Search:
         subject = candidate.subject(self.subject.device)
         agreed = 0
         for requirement, case, mine in self.own if subject is not None else ():
-            same = not self._over() and agree(mine, observe(requirement, subject, case))
+            same = not self._over() and agree(mine, observe(requirement, subject, case, mine))
             if same is False or (same is None and not agreed):
                 return 0
             agreed += same is True
@@ -195,7 +195,7 @@ class Search:
             for requirement, case, mine in self.own if subject is not None else ():
                 if self._over():
                     return some
-                if mine.ended == FAILED and agree(mine, observe(requirement, subject, case)):
+                if mine.ended == FAILED and agree(mine, observe(requirement, subject, case, mine)):
                     some.append(candidate)
                     break
         return [*some, *(each for each in singles if each not in some)]
@@ -212,7 +212,7 @@ class Search:
                     return
                 mine = observe(requirement, self.subject, case)
                 for index, subject in enumerate(subjects):
-                    votes[index] += agree(mine, observe(requirement, subject, case)) is False
+                    votes[index] += agree(mine, observe(requirement, subject, case, mine)) is False
             left = [candidate for candidate, against in zip(fitting, votes) if not against]
             self.named = left or fitting
             if len(self.named) == 1:

@@ -69,3 +69,9 @@ def kill_matrix() -> dict[str, dict[str, Any]]:
     """Which requirements catch which planted bug; empty where it was not measured."""
     path = fixtures() / "kill_matrix.json"
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def diagnosis() -> dict[str, dict[str, Any]]:
+    """What diagnosis says of each planted bug; empty where it was not measured."""
+    path = fixtures() / "diagnosis.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}

@@ -6,7 +6,7 @@ Tests are called as functions here, without a pytest run inside pytest.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -119,7 +119,7 @@ def kills_of(bug: PlantedBug) -> list[Kill]:
 
 def kill_matrix(processes: int = 2) -> list[Row]:
     """A row for every planted bug, in the order of the catalogue."""
-    return _in_processes(_row_by_id, list(all_known_bugs()), processes)
+    return in_processes(_row_by_id, list(all_known_bugs()), processes)
 
 
 def false_alarms(
@@ -135,7 +135,7 @@ def false_alarms(
 
 def false_alarms_over_seeds(seeds: Iterable[int], processes: int = 2) -> list[tuple[str, Kill]]:
     """:func:`false_alarms` of every correct variant with the cases of every seed."""
-    found = _in_processes(_false_alarms_of_seed, list(seeds), processes)
+    found = in_processes(_false_alarms_of_seed, list(seeds), processes)
     return [alarm for alarms in found for alarm in alarms]
 
 
@@ -152,7 +152,8 @@ def _false_alarms_of_seed(seed: int) -> list[tuple[str, Kill]]:
     return false_alarms(all_correct_variants().values(), seed)
 
 
-def _in_processes(function, work: list, processes: int) -> list:
+def in_processes(function: Callable, work: list, processes: int) -> list:
+    """What ``function`` gives for each piece of work, in fresh processes."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=_prepare) as pool:
         return list(pool.map(function, work))

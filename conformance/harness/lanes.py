@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from conformance.harness.failures import Declined, Inconclusive, failing_at
+from conformance.harness.shown import whole_course_shown
 
 SEMANTIC, PRECISION, EXACT = "semantic", "precision", "exact"
 
@@ -28,6 +29,34 @@ def semantic_and_exact_only() -> Iterator[None]:
         yield
     finally:
         _precision_lane.reset(token)
+
+
+_taken: ContextVar[set[torch.dtype] | None] = ContextVar("taken", default=None)
+_limit: ContextVar[frozenset[torch.dtype] | None] = ContextVar("limit", default=None)
+
+
+@contextmanager
+def dtypes_noted() -> Iterator[set[torch.dtype]]:
+    """The dtypes that are not declined, until the first that fails."""
+    taken: set[torch.dtype] = set()
+    token = _taken.set(taken)
+    try:
+        yield taken
+    finally:
+        _taken.reset(token)
+
+
+@contextmanager
+def limited_to(dtypes: frozenset[torch.dtype]) -> Iterator[None]:
+    """Run cases in these dtypes alone, as for an implementation that declines the others.
+
+    Cases that are not checked in several dtypes are run as they are.
+    """
+    token = _limit.set(dtypes or None)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
 
 
 def lane_of(dtype: torch.dtype) -> str:
@@ -50,13 +79,24 @@ def in_every_lane(case: Any, check: Callable[[Any], None], device: str = "cpu") 
     inconclusive when none was conclusive.
     """
     unusable: list[Exception] = []
-    dtypes = dtypes_of(case)
+    limit, taken = _limit.get(), _taken.get()
+    dtypes = [dtype for dtype in dtypes_of(case) if limit is None or dtype in limit]
     for dtype in dtypes:
         call = case.call(dtype, device)
         try:
-            with failing_at(call):
+            with whole_course_shown(), failing_at(call):
                 check(call)
         except (Declined, NotImplementedError, Inconclusive) as reason:
             unusable.append(reason)
+            continue
+        except BaseException:
+            _note(taken, dtype)
+            raise
+        _note(taken, dtype)
     if len(unusable) == len(dtypes):
         raise unusable[0]
+
+
+def _note(taken: set[torch.dtype] | None, dtype: torch.dtype) -> None:
+    if taken is not None:
+        taken.add(dtype)
