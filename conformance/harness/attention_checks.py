@@ -14,6 +14,7 @@ from conformance.harness.compare import assert_close_to, assert_tensor
 from conformance.harness.failures import ConformanceFailure, failing_at
 from conformance.harness.lanes import in_every_lane
 from conformance.harness.memo import remembered
+from conformance.harness.shown import keep
 from conformance.harness.subject import Subject
 from conformance.harness.tolerance import Expectation, expect
 from reference_impl.attention import Attention, merge_attention
@@ -148,6 +149,7 @@ def run(attention: Subject, call: Call) -> Tensor:
         output = attention(*arguments, **options)
     q, _, v = arguments
     assert_tensor(output, (*q.shape[:3], v.shape[3]), q.dtype, q.device, call=call)
+    keep(call, output)
     return output
 
 
@@ -349,7 +351,9 @@ def assert_gradients_match(attention: Subject, case: Any) -> None:
 def run_gradients(attention: Subject, call: Call) -> dict[str, Tensor]:
     """Gradients from the implementation; a missing one is a failure."""
     arguments, options = call.values()
-    found = gradients(attention, arguments, options, upstream_gradient(call))
+    upstream = upstream_gradient(call)
+    found = gradients(attention, arguments, options, upstream)
+    keep(call, upstream, gradients=tuple(found))
     for name, gradient in found.items():
         if gradient is None:
             raise ConformanceFailure(

@@ -70,6 +70,26 @@ class Call:
         return f"{self.contract}({', '.join((*self.arguments, *options))})"
 
 
+@dataclass(frozen=True)
+class Course(Call):
+    """A call that is one of several things that are done; what gives the result is ``text``.
+
+    It is printed where a failure is about more than one call, and never executed by the suite.
+    """
+
+    text: str = ""
+
+    def source(self) -> str:
+        """That text."""
+        return self.text
+
+
+def course(call: Call, *lines: str, result: str) -> Course:
+    """The lines of a call, further ones, and what leaves the result in ``out``."""
+    kept = {field.name: getattr(call, field.name) for field in fields(Call)}
+    return Course(**(kept | {"lines": (*call.lines, *lines)}), text=result)
+
+
 @remembered
 def _execute(lines: tuple[str, ...]) -> dict[str, Any]:
     namespace: dict[str, Any] = {"torch": torch}

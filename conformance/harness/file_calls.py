@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from conformance.harness.calls import Call
+from conformance.harness.calls import Call, Course, course
 
 KEPT = 8
 _namespaces: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -48,3 +48,47 @@ class FileCall(Call):
     def source(self) -> str:
         """The call, and what is done with its result."""
         return super().source() + self.done
+
+
+# What is done to files and may be refused, as lines
+
+CONTENTS = (
+    "import contextlib, pathlib",
+    "contents = lambda: {str(p.relative_to(folder.name)): p.read_bytes()"
+    " for p in pathlib.Path(folder.name).rglob('*') if p.is_file()}",
+    "before = contents()",
+)
+AFTERWARDS = "after = contents()"
+CHANGED = "[name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]"
+NOT_CHANGED = "print('changed files:', sorted(out), '- expected none')"
+
+
+def files_changed(call: Call, *acts: str, first: tuple[str, ...] = ()) -> Course:
+    """What files below ``folder`` are changed by acts, each of which may raise; ``first`` may not."""
+    tried = (f"with contextlib.suppress(Exception): {act}" for act in acts)
+    return course(call, *CONTENTS, *first, *tried, AFTERWARDS, result=CHANGED)
+
+
+def code_executed(call: Call, *acts: str) -> Course:
+    """Whether one of the acts, each of which may raise, has executed what a file of ours holds."""
+    tried = (f"with contextlib.suppress(Exception): {act}" for act in acts)
+    found = "[*pathlib.Path(folder.name).rglob('*.executed')] != []"
+    return course(call, "import contextlib, pathlib", *tried, result=found)
+
+
+NOT_EXECUTED = "print('executed:', out, '- expected False')"
+
+
+def rewritten(before: bytes, after: bytes) -> tuple[str, ...]:
+    """Lines that make the bytes of ``source`` others: what the two have in common is not told."""
+    begin = next((i for i, (a, b) in enumerate(zip(before, after)) if a != b), None)
+    if begin is None:
+        begin = min(len(before), len(after))
+    longest = min(len(before), len(after)) - begin
+    tails = zip(reversed(before), reversed(after))
+    end = next((i for i, (a, b) in enumerate(tails) if a != b or i == longest), longest)
+    middle = after[begin : len(after) - end]
+    return (
+        "data = open(source, 'rb').read()",
+        f"_ = open(source, 'wb').write(data[:{begin}] + {middle!r} + data[{len(before) - end}:])",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -57,12 +58,14 @@ def assert_function(
     of_oracle: Callable[[Tensor], Tensor] | None = None,
     relative: float = 0.0,
     outputs: tuple[str, ...] = OUTPUTS,
+    shown: str = "",
     **masks: Any,
 ) -> None:
     """Features and logits are those of the oracle.
 
     ``part`` takes the part of the outputs that is compared, ``of_oracle`` the same part of the
     oracle's, which is that of this call unless another is given. ``relative`` raises the limits.
+    ``shown`` is the part as Python that follows an output.
     """
     against = against or oracle(loaded.call, ids, **masks)
     for name in outputs:
@@ -72,7 +75,7 @@ def assert_function(
             assert_close_to(output, expectation.allowing(relative), loaded.last, name=name)
         except ConformanceFailure as failure:
             if part is not everything:  # its indices are not those of the output
-                failure.shown_by = "print(out)"
+                failure.shown_by = re.sub(r"^print\(out\b", f"print(out{shown}", failure.shown_by)
             raise
 
 
@@ -192,18 +195,19 @@ def assert_any_length(gpt_checkpoint: Subject, case: GPTCase) -> None:
     longest = torch.cat([ids, ids.flip(0), ids], dim=1)
     whole = oracle(loaded.call, longest)
     first = loaded.logits()
-    for length in (1, 3 * case.tokens, 2, case.tokens - 1):
-        start = longest[:, :length]
-        # Attention is causal: the outputs of a beginning are the beginning of the outputs.
-        assert_function(
-            loaded,
-            ids=start,
-            against=whole,
-            of_oracle=lambda x: x[:, :length],  # noqa: B023
-            outputs=one_output(case),
-        )
-    because = "the call is repeated after others"
-    assert_identical(loaded.logits(), first, loaded.last, because=because)
+    with loaded.course_shown():
+        for length in (1, 3 * case.tokens, 2, case.tokens - 1):
+            start = longest[:, :length]
+            # Attention is causal: the outputs of a beginning are the beginning of the outputs.
+            assert_function(
+                loaded,
+                ids=start,
+                against=whole,
+                of_oracle=lambda x: x[:, :length],  # noqa: B023
+                outputs=one_output(case),
+            )
+        because = "the call is repeated after others"
+        assert_identical(loaded.logits(), first, loaded.last, because=because)
 
 
 def padding_of(case: GPTCase, side: str, device: str) -> Tensor:
@@ -228,7 +232,8 @@ def assert_padding(gpt_checkpoint: Subject, case: GPTCase, side: str) -> None:
     loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
     ids = loaded.call.named("ids")
     valid = padding_of(case, side, gpt_checkpoint.device)
-    assert_function(loaded, part=lambda x: x[valid.to(x.device)][None], valid=valid)
+    real_tokens = lambda x: x[valid.to(x.device)][None]
+    assert_function(loaded, part=real_tokens, valid=valid, shown=f"{where(valid)}[None]")
     row = int(valid.sum(-1).argmin())
     real = valid[row]
     assert_function(
@@ -238,10 +243,16 @@ def assert_padding(gpt_checkpoint: Subject, case: GPTCase, side: str) -> None:
         of_oracle=everything,
         outputs=one_output(case),
         valid=valid,
+        shown=f"[{row}]{where(real)}[None]",
     )
     other = torch.where(valid, ids, (ids + 1) % case.vocab)
     because = "the ids of padding were replaced"
     assert_rows_identical(loaded, other, valid, because=because, valid=valid)
+
+
+def where(valid: Tensor) -> str:
+    """The indices at which a mask is True, as Python that follows what it is a mask of."""
+    return f"[{', '.join(str(each.tolist()) for each in valid.nonzero(as_tuple=True))}]"
 
 
 def with_documents(case: GPTCase, ids: Tensor, start: int) -> Tensor:
@@ -259,16 +270,17 @@ def assert_documents(gpt_checkpoint: Subject, case: GPTCase) -> None:
     loaded = load(gpt_checkpoint, case.call(device=gpt_checkpoint.device))
     start = case.vocab - 1
     ids = with_documents(case, loaded.call.named("ids"), start)
-    assert_function(loaded, ids=ids, document_start=start)
-    # Not asked for, the token is an ordinary one.
-    assert_function(loaded, ids=ids, outputs=one_output(case))
-    cut = 2 + case.seed % (case.tokens - 3)
-    ids[:, cut] = start
-    other = ids.clone()
-    other[:, :cut] = (other[:, :cut] + 1) % start
-    one = loaded.features(ids, document_start=start)[:, cut:]
-    two = loaded.features(other, document_start=start)[:, cut:]
-    assert_identical(two, one, loaded.last, because="the document before was replaced")
+    with loaded.course_shown():
+        assert_function(loaded, ids=ids, document_start=start)
+        # Not asked for, the token is an ordinary one.
+        assert_function(loaded, ids=ids, outputs=one_output(case))
+        cut = 2 + case.seed % (case.tokens - 3)
+        ids[:, cut] = start
+        other = ids.clone()
+        other[:, :cut] = (other[:, :cut] + 1) % start
+        one = loaded.features(ids, document_start=start)[:, cut:]
+        two = loaded.features(other, document_start=start)[:, cut:]
+        assert_identical(two, one, loaded.last, because="the document before was replaced")
 
 
 def assert_padded_documents(gpt_checkpoint: Subject, case: GPTCase) -> None:
@@ -279,7 +291,8 @@ def assert_padded_documents(gpt_checkpoint: Subject, case: GPTCase) -> None:
     valid = padding_of(case, "either", gpt_checkpoint.device)
     masks = {"valid": valid, "document_start": start}
     real = lambda output: output[valid.to(output.device)][None]
-    assert_function(loaded, ids=ids, part=real, outputs=one_output(case), **masks)
+    shown = f"{where(valid)}[None]"
+    assert_function(loaded, ids=ids, part=real, outputs=one_output(case), shown=shown, **masks)
 
 
 def assert_options_not_kept(gpt_checkpoint: Subject, case: GPTCase) -> None:
@@ -290,13 +303,15 @@ def assert_options_not_kept(gpt_checkpoint: Subject, case: GPTCase) -> None:
     real = lambda output: output[valid.to(output.device)][None]
     plain = oracle(loaded.call)
     only_logits = ("logits",)
-    assert_function(loaded, against=plain, outputs=only_logits)
-    assert_function(loaded, part=real, outputs=only_logits, valid=valid)
-    assert_function(loaded, against=plain, outputs=only_logits)
-    for shift in (0, 1):
-        documents = with_documents(case, ids, start).roll(shift, dims=1)
-        assert_function(loaded, ids=documents, outputs=only_logits, document_start=start)
-    assert_function(loaded, against=plain, outputs=only_logits)
+    with loaded.course_shown():
+        assert_function(loaded, against=plain, outputs=only_logits)
+        shown = f"{where(valid)}[None]"
+        assert_function(loaded, part=real, outputs=only_logits, valid=valid, shown=shown)
+        assert_function(loaded, against=plain, outputs=only_logits)
+        for shift in (0, 1):
+            documents = with_documents(case, ids, start).roll(shift, dims=1)
+            assert_function(loaded, ids=documents, outputs=only_logits, document_start=start)
+        assert_function(loaded, against=plain, outputs=only_logits)
 
 
 def assert_long(gpt_checkpoint: Subject, case: GPTCase) -> None:

@@ -18,6 +18,13 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from conformance.harness.failures import ConformanceFailure, Declined
+from conformance.harness.file_calls import (
+    NOT_CHANGED,
+    NOT_EXECUTED,
+    code_executed,
+    files_changed,
+    rewritten,
+)
 from conformance.harness.gpt_cases import GPTCall, GPTCase, extras, gpt_cases
 from conformance.harness.gpt_checks import fused
 from conformance.harness.gpt_honesty import contents, counted
@@ -483,15 +490,30 @@ def refused(gpt_checkpoint: Subject, case: GPTCase, damager: Damager) -> tuple[E
     executed = folder / (Path(call.named("source")).name + ".executed")
     if executed.exists():
         executed.unlink()
-        raise ConformanceFailure("executed code", "the pickle of the file was executed", call=call)
+        raise ConformanceFailure(
+            "executed code",
+            "the pickle of the file was executed",
+            call=code_executed(call, *steps(call)),
+            shown_by=NOT_EXECUTED,
+        )
     if after != before or set(os.listdir()) != here:
-        raise ConformanceFailure("half written", "a refused checkpoint changed files", call=call)
+        raise ConformanceFailure(
+            "half written",
+            "a refused checkpoint changed files",
+            call=files_changed(call, *steps(call)),
+            shown_by=NOT_CHANGED,
+        )
     if error is None:
         what = " ".join(damager.__doc__.split())
         raise ConformanceFailure(
             "accepted", f"the checkpoint is loaded although: {what}", call=call
         )
     return error, call
+
+
+def steps(call: GPTCall) -> tuple[str, str]:
+    """The steps of taking a checkpoint in, each as Python."""
+    return replace(call, done=".inspect()").source(), replace(call, done=".load()").source()
 
 
 def assert_refused(
@@ -612,9 +634,14 @@ def assert_damaged_files_refused(gpt_checkpoint: Subject, case: GPTCase) -> None
             source.write_bytes(damaged)
             error = refusal(gpt_checkpoint, call)
             if error is None and not same(observed(gpt_checkpoint, call), whole):
-                done = replace(call, done=f".load().logits(ids)  # after damage: {what}")
+                done = replace(call, done=".load().logits(ids)")
+                undamaged = f"whole = {done.source()}"
+                done = done.then(undamaged, *rewritten(data, damaged))
                 summary = f"a damaged file ({what}) is loaded as another model"
-                raise ConformanceFailure("accepted", summary, call=done)
+                equal = (
+                    "print('as the whole file:', torch.equal(out, whole), '- expected an error')"
+                )
+                raise ConformanceFailure("accepted", summary, call=done, shown_by=equal)
             counted()
     finally:
         source.write_bytes(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.harness.calls import Course, course
 from conformance.harness.compare import assert_identical
 from conformance.harness.failures import ConformanceFailure, NotRun, failing_at
+from conformance.harness.file_calls import NOT_CHANGED, files_changed
 from conformance.harness.gpt_cases import GPTCall, GPTCase
 from conformance.harness.gpt_checks import (
     assert_facts,
@@ -340,14 +343,41 @@ def read_back(path: str, call: GPTCall) -> dict[str, Tensor]:
         raise ConformanceFailure("unreadable", f"what save() wrote: {error}", call=done) from error
 
 
+@contextmanager
+def shown_as_saved(call: GPTCall, path: str) -> Iterator[None]:
+    """A failure in here is shown by a tensor of what is saved to a path, which is Python."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        safe = call.case.container == "safetensors"
+        read = (
+            "safetensors.torch.load_file(path)" if safe else "torch.load(path, weights_only=True)"
+        )
+        lines = (f"path = {path}", f"{loading(call)}.save(path)")
+        failure.call = course(call, *lines, result=f"(read := {read}).get('model', read)")
+        key = re.match(r"[^:]*: ([\w.]+) is", failure.summary)
+        failure.shown_by = "print(list(out))"
+        if key:
+            found = (
+                f"[t.equal(state[{key[1]!r}]) for k, t in out.items() if k.endswith({key[1]!r})]"
+            )
+            failure.shown_by = f"print('as loaded:', {found}, '- expected [True]')"
+        raise
+
+
+def loading(call: GPTCall) -> str:
+    """The call that loads, as Python."""
+    return replace(call, done=".load()").source()
+
+
 def assert_saved(gpt_checkpoint: Subject, case: GPTCase) -> None:
     """A checkpoint that is saved holds the bits of the one that was loaded, and loads again."""
     call = case.call(device=gpt_checkpoint.device)
     loaded = load(gpt_checkpoint, call)
     path = call.named("source").replace("checkpoint", "copy")
     loaded.save(path)
-    done = replace(call, done=f".load().save({path!r})")
-    assert_same_state(read_back(path, call), true_state(call), done, "the saved file")
+    with shown_as_saved(call, "source.replace('checkpoint', 'copy')"):
+        assert_same_state(read_back(path, call), true_state(call), call, "the saved file")
     again = load(gpt_checkpoint, call.then(f"source = {path!r}"))
     done = replace(again.call, done=".load().logits(ids)")
     assert_identical(again.logits(), loaded.logits(), done, because="saved and loaded again")
@@ -371,8 +401,8 @@ def assert_saved_onto_itself(gpt_checkpoint: Subject, case: GPTCase) -> None:
     with restored_afterwards(source):
         loaded = load(gpt_checkpoint, call)
         loaded.save(source)
-        done = replace(call, done=f".load().save({source!r})")
-        assert_same_state(read_back(source, call), true_state(call), done, "the file saved to")
+        with shown_as_saved(call, "source"):
+            assert_same_state(read_back(source, call), true_state(call), call, "the file saved to")
         assert_function(loaded)
 
 
@@ -399,7 +429,13 @@ def assert_failing_save(gpt_checkpoint: Subject, case: GPTCase) -> None:
         loaded = load(gpt_checkpoint, call)
         before = contents(Path(source).parent)
         limit = len(content) * (1 + case.drawn["percent"]) // 100
-        done = replace(call, done=f".load().save({source!r})  # with room for {limit} bytes")
+        done = replace(call, done=f".load().save({source!r})")
+        limited = (
+            f"model = {loading(call)}",
+            "import resource, signal",
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)",
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))",
+        )
         try:
             with files_no_larger_than(limit):
                 loaded.save(source)
@@ -408,7 +444,9 @@ def assert_failing_save(gpt_checkpoint: Subject, case: GPTCase) -> None:
                 raise
         else:
             summary = f"save() returns although only {limit} bytes could be written"
-            raise ConformanceFailure("accepted", summary, call=done)
+            told = course(done, *limited, result="model.save(source)")
+            shown_by = "print('save() gives', out, '- expected an error')"
+            raise ConformanceFailure("accepted", summary, call=told, shown_by=shown_by)
         counted()
         after = contents(Path(source).parent)
         for stray in after.keys() - before.keys():
@@ -416,7 +454,10 @@ def assert_failing_save(gpt_checkpoint: Subject, case: GPTCase) -> None:
         if after != before:
             changed = sorted(set(before.items()) ^ set(after.items()))[0][0]
             raise ConformanceFailure(
-                "half written", f"a save that failed half-way changed {changed}", call=done
+                "half written",
+                f"a save that failed half-way changed {changed}",
+                call=files_changed(done, "model.save(source)", first=limited),
+                shown_by=NOT_CHANGED,
             )
 
 
@@ -441,6 +482,14 @@ def change_weights(loaded: Loaded) -> None:
             tensor.zero_()
 
 
+def used(loaded: Loaded) -> tuple[str, str]:
+    """Lines that use ``model``, and write zeros into what it shows of its weights."""
+    model = loaded.model
+    shown = [f"*model.{name}()" for name in ("parameters",) if hasattr(model, name)]
+    shown += ["*model.state().values()"] if hasattr(model, "state") else []
+    return "model.logits(ids)", f"[t.detach().zero_() for t in [{', '.join(shown)}]]"
+
+
 def assert_file_unchanged(gpt_checkpoint: Subject, case: GPTCase) -> None:
     """Loading, using and changing a model leaves its file and the folder as they were."""
     call = case.call(device=gpt_checkpoint.device)
@@ -454,7 +503,28 @@ def assert_file_unchanged(gpt_checkpoint: Subject, case: GPTCase) -> None:
     counted()
     if after != before:
         changed = sorted(set(before.items()) ^ set(after.items()))[0][0]
-        raise ConformanceFailure("changed input", f"{changed} was changed by loading", call=call)
+        summary = f"{changed} was changed by loading"
+        made = files_changed(call, *used(loaded), first=(f"model = {loading(call)}",))
+        raise ConformanceFailure("changed input", summary, call=made, shown_by=NOT_CHANGED)
+
+
+SAME_DICTIONARY = "print('changed:', out, '- expected []')"
+
+
+def dictionary_compared(call: GPTCall, loaded: Loaded) -> Course:
+    """What of ``source`` a model changes when it is used and changed itself."""
+    now = "source['model']"
+    same = f"k in {now} and {now}[k] is t and torch.equal(t, values[k])"
+    return course(
+        call,
+        "before, entries = dict(source['model']), {k for k in source}",
+        "values = {k: t.clone() for k, t in before.items()}",
+        f"model = {loading(call)}",
+        *used(loaded),
+        f"changed = [k for k, t in before.items() if not ({same})]",
+        result="changed + sorted({k for k in source} ^ entries)"
+        " + sorted(before.keys() ^ source['model'].keys())",
+    )
 
 
 def assert_dictionary_unchanged(gpt_checkpoint: Subject, case: GPTCase) -> None:
@@ -463,20 +533,30 @@ def assert_dictionary_unchanged(gpt_checkpoint: Subject, case: GPTCase) -> None:
     dictionary = call.named("source")
     before = [(key, tensor, tensor.clone()) for key, tensor in dictionary["model"].items()]
     entries = [(key, value) for key, value in dictionary.items() if key != "model"]
-    done = replace(call, done=".load().logits(ids)", lines=call.lines)
+    done = call
     try:
         loaded = load(gpt_checkpoint, call)
         loaded.logits()
         change_weights(loaded)
         counted()
+        done = dictionary_compared(call, loaded)
         now = list(dictionary["model"].items())
         if [key for key, _ in now] != [key for key, _, _ in before]:
-            raise ConformanceFailure("changed input", "names of the dictionary changed", call=done)
+            raise ConformanceFailure(
+                "changed input",
+                "names of the dictionary changed",
+                call=done,
+                shown_by=SAME_DICTIONARY,
+            )
         for (key, tensor), (_, same, copy) in zip(now, before):
             if tensor is not same or not bitwise_equal(tensor, copy):
-                raise ConformanceFailure("changed input", f"{key} was changed", call=done)
+                raise ConformanceFailure(
+                    "changed input", f"{key} was changed", call=done, shown_by=SAME_DICTIONARY
+                )
         if [(k, v) for k, v in dictionary.items() if k != "model"] != entries:
-            raise ConformanceFailure("changed input", "entries were changed", call=done)
+            raise ConformanceFailure(
+                "changed input", "entries were changed", call=done, shown_by=SAME_DICTIONARY
+            )
     finally:
         for _, tensor, copy in before:
             tensor.copy_(copy)
@@ -489,9 +569,24 @@ def assert_later_changes_ignored(gpt_checkpoint: Subject, case: GPTCase) -> None
     loaded = load(gpt_checkpoint, call)
     first = loaded.logits()
     with overwritten(call.named("source")):
-        done = replace(call, done=".load().logits(ids)")
         because = "what it was loaded from was overwritten"
-        assert_identical(loaded.logits(), first, done, because=because)
+        with shown_by_overwriting(call):
+            assert_identical(loaded.logits(), first, call, because=because)
+
+
+@contextmanager
+def shown_by_overwriting(call: GPTCall) -> Iterator[None]:
+    """A failure in here is shown by a model of which the file or dictionary is overwritten."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        zeros = "open(source, 'r+b').write(bytes(os.path.getsize(source)))"
+        if call.case.container == "memory":
+            zeros = "[t.zero_() for t in source['model'].values()]"
+        lines = (f"model = {loading(call)}", "before = model.logits(ids)", f"_ = {zeros}")
+        failure.call = course(call, *lines, result="model.logits(ids)")
+        failure.shown_by = "print('as before:', torch.equal(out, before), '- expected True')"
+        raise
 
 
 @contextmanager

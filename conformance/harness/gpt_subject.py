@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.harness.calls import course
 from conformance.harness.compare import assert_tensor
 from conformance.harness.failures import ConformanceFailure, Declined, failing_at
 from conformance.harness.gpt_cases import GPTCall
@@ -28,6 +29,9 @@ FACTS = (
     "scalars_size",
     "scalars_padding",
 )
+
+MOST_EARLIER = 5
+"""How many calls of a model a failure tells beside the last."""
 
 
 @contextmanager
@@ -90,6 +94,8 @@ class Loaded:
         self.call = call
         self.last = call
         """The latest call of ``features`` or ``logits``, as it was made."""
+        self.course: list[str] = []
+        """All of them, as source text after the model."""
 
     def features(self, ids: Tensor | None = None, **masks: Any) -> Tensor:
         """Features [batch, tokens, model_dim] of the call's ids, or of others."""
@@ -117,6 +123,19 @@ class Loaded:
         with failing_at(call), errors_named("save()"):
             self._offered("save")(path)
 
+    @contextmanager
+    def course_shown(self) -> Iterator[None]:
+        """A failure in here is shown after the other calls of this model, which may be its cause."""
+        try:
+            yield
+        except ConformanceFailure as failure:
+            *earlier, last = dict.fromkeys(self.course)
+            if failure.call in (self.last, self.call) and earlier:
+                made = f"model = {replace(self.call, done='.load()').source()}"
+                calls = (f"model{each}" for each in earlier[-MOST_EARLIER:])
+                failure.call = course(self.call, made, *calls, result=f"model{last}")
+            raise
+
     def _offered(self, name: str) -> Callable[..., Any]:
         method = getattr(self.model, name, None)
         if not callable(method):
@@ -128,6 +147,7 @@ class Loaded:
         ids = call.named("ids") if ids is None else ids
         written = "".join(f", {option}={_written(value)}" for option, value in masks.items())
         self.last = call = replace(call, done=f".load().{name}({_written(ids, call)}{written})")
+        self.course.append(call.done.removeprefix(".load()"))
         method = getattr(self.model, name)
         decline_unless_taken(method, masks)
         watched = changes_caught([ids, *masks.values()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from conformance.harness.calls import dtype_name
 from conformance.harness.failures import ConformanceFailure
+from conformance.harness.shown import shown_by_kind
 
 
 def failure_message(failure: ConformanceFailure) -> str:
@@ -40,5 +41,6 @@ def reproduction(failure: ConformanceFailure) -> list[str]:
     """Lines of Python that make the failing call, and show the fault, without this suite."""
     call = failure.call
     result = "out, lse" if dict(call.options).get("return_lse") == "True" else "out"
-    made = [*call.preamble, *failure.import_lines, *call.lines, f"{result} = {call.source()}"]
-    return "\n".join(["import torch", *made, failure.shown_by]).splitlines()
+    before, shown_by = shown_by_kind(failure)
+    made = [*call.preamble, *failure.import_lines, *call.lines, *before]
+    return "\n".join(["import torch", *made, f"{result} = {call.source()}", shown_by]).splitlines()

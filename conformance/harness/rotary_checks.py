@@ -21,6 +21,7 @@ from conformance.harness.lanes import EXACT, dtypes_of, in_every_lane
 from conformance.harness.memo import remembered
 from conformance.harness.requirement import current_tally
 from conformance.harness.rotary_cases import RotaryCase
+from conformance.harness.shown import earlier_calls_shown, keep
 from conformance.harness.subject import Subject
 from conformance.harness.tolerance import STEP_ERROR, Expectation, expect
 from reference_impl.rotary import Rotary, default_frequencies, join_pairs, split_pairs
@@ -132,6 +133,7 @@ def run(rotary: Callable[..., Tensor], call: Call) -> Tensor:
     with failing_at(call):
         output = rotary(x, positions, **options)
     assert_tensor(output, x.shape, x.dtype, x.device, call=call)
+    keep(call, output)
     return output
 
 
@@ -285,7 +287,8 @@ def assert_stateless(rotary: Subject, case: RotaryCase) -> None:
             ("a long", longest),
         ):
             output = run(rotary, step)
-            assert_close_to(output, expected_output(step), step)
+            with earlier_calls_shown(longest):
+                assert_close_to(output, expected_output(step), step)
             if step in seen:
                 because = f"{name} call is repeated after one of another length"
                 assert_identical(output, seen[step], step, because=because)
@@ -453,7 +456,9 @@ def assert_gradient_matches(rotary: Subject, case: RotaryCase) -> None:
     def check(call: Call) -> None:
         (x, positions), options = call.values()
         with failing_at(call):
-            found = gradient(rotary, x, positions, options, upstream_gradient(call))
+            upstream = upstream_gradient(call)
+            found = gradient(rotary, x, positions, options, upstream)
+            keep(call, upstream, gradients=("x",))
         if found is None:
             raise ConformanceFailure("no gradient", "no gradient reaches x", call=call)
         assert_close_to(found, expected_gradient(call), call, name="gradient of x")

@@ -26,9 +26,14 @@ class ModuleCall(Call):
 
     made: str = "{}"
 
+    @property
+    def constructor(self) -> str:
+        """The module's construction as an expression."""
+        return self.made.format(super().source())
+
     def source(self) -> str:
         """Construction and call as one expression."""
-        return f"{self.made.format(super().source())}(x, positions)"
+        return f"{self.constructor}(x, positions)"
 
 
 def module_call(call: Call, made: str = "{}") -> ModuleCall:
@@ -55,6 +60,19 @@ def steps_named(call: ModuleCall) -> Iterator[None]:
     """Errors of what is done to a module become failures of the call."""
     with failing_at(call), errors_named("the module"):
         yield
+
+
+@contextmanager
+def shown_of(module: str, *lines: str) -> Iterator[None]:
+    """A failure in here is one of a module that these lines make and use before."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        before = [line for line in failure.call.lines if "= positions" not in line]
+        last = failure.call.lines[len(before) :]
+        lines = (*before, *lines, *last)
+        failure.call = replace(failure.call, lines=lines, made=module)
+        raise
 
 
 def run_module(module: nn.Module, call: ModuleCall) -> Tensor:
@@ -169,8 +187,10 @@ def assert_module_stateless(rotary_module: Subject, case: RotaryCase) -> None:
         module = build(rotary_module, call)
         short = call.then(f"positions = positions % {trained}")
         first = run_module(module, short).clone()
+        earlier = (f"for at in (positions % {trained}, positions): module(x, at)",)
         for step in (short, call, short):
-            assert_close_to(run_module(module, step), expected_of(step), step)
+            with shown_of("module", f"module = {call.constructor}", *earlier):
+                assert_close_to(run_module(module, step), expected_of(step), step)
         because = "a short call is repeated after a long one"
         assert_identical(run_module(module, short), first, short, because=because)
 
@@ -184,7 +204,10 @@ def assert_instances_independent(rotary_module: Subject, case: RotaryCase) -> No
     def check(call: Call) -> None:
         calls = [module_call(other.call(call.dtype, rotary_module.device)), module_call(call)]
         modules = [build(rotary_module, each) for each in calls]
-        for module, each in zip((*modules, modules[0]), (*calls, calls[0])):
-            assert_close_to(run_module(module, each), expected_of(each), each)
+        made = f"modules = [{', '.join(each.constructor for each in calls)}]"
+        for number in (0, 1, 0):
+            module, each = modules[number], calls[number]
+            with shown_of(f"modules[{number}]", made, "for each in modules: each(x, positions)"):
+                assert_close_to(run_module(module, each), expected_of(each), each)
 
     in_every_lane(case, check, rotary_module.device)

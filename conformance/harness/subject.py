@@ -15,6 +15,7 @@ from torch import Tensor
 from conformance.contracts import CONTRACTS
 from conformance.harness.failures import ConformanceFailure, Declined
 from conformance.harness.gpu_lane import wait_for_device
+from conformance.harness.shown import keep_arguments
 
 
 class Subject:
@@ -56,6 +57,7 @@ class Subject:
         """Call the method; ``arguments`` and ``options`` as in the contract."""
         options = self.select_options(options)
         self.calls[self.contract.name] += 1
+        keep_arguments(arguments)
         with changes_caught([*arguments, *options.values()]), errors_named(self.contract.name):
             result = self.method(*arguments, **options)
         for output in result if isinstance(result, tuple) else (result,):
