@@ -382,4 +382,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """The verdict decides the exit status, as far as it is worse than pytest's own."""
     controller = session.config.stash.get(CONTROLLER, None)
     if controller is not None:
-        session.exitstatus = controller.finish(int(exitstatus))
+        from conformance.harness import torchrun
+
+        session.exitstatus = torchrun.agreed(controller.finish(int(exitstatus)))

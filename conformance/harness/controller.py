@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conformance.harness import gpu_isolation, records, verdict
+from conformance.harness import gpu_isolation, records, torchrun, verdict
 from conformance.harness.numerics import NumericsError
 from conformance.harness.numerics_run import ATTRIBUTE, NumericsRun, asks_for_numerics
 from conformance.harness.records import PROPERTY, REPORTED_PHASES
@@ -32,7 +32,7 @@ class Controller:
         self.plan_folder: tempfile.TemporaryDirectory | None = None
         self.writer: ReportWriter | None = None
         folder = config.getoption("conformance_report")
-        if folder:
+        if folder and torchrun.reports():
             try:
                 self.writer = ReportWriter(Path(folder))
             except OSError as error:
@@ -44,7 +44,9 @@ class Controller:
         if asks_for_numerics(config):
             names = ("numerics_record", "numerics_check", "numerics_factor")
             with numerics_errors_named():
-                self.numerics = NumericsRun(*map(config.getoption, names))
+                record, check, factor = map(config.getoption, names)
+                record = record if torchrun.reports() else None
+                self.numerics = NumericsRun(record, check, factor)
 
     def folder_for_plans(self) -> str:
         """A folder in which xdist's workers leave their plans."""

@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 
+from conformance.harness import torchrun
 from conformance.harness.failures import (
     ConformanceFailure,
     Declined,
@@ -125,7 +126,19 @@ def under_torchrun() -> bool:
     """Whether this process is a rank of torchrun, or of a group that somebody initialised."""
     import torch.distributed as dist
 
-    return "TORCHELASTIC_RUN_ID" in os.environ or (dist.is_available() and dist.is_initialized())
+    return torchrun.rank() is not None or (dist.is_available() and dist.is_initialized())
+
+
+@dataclass
+class Lost:
+    """That the ranks of an existing group did not meet, and in which requirement."""
+
+    tally: object
+    """Of the requirement; it is made smaller there, and must fail again as it did."""
+    why: str
+
+
+_lost: list[Lost] = []
 
 
 def _in_existing_group(
@@ -138,10 +151,20 @@ def _in_existing_group(
     if dist.get_world_size() != ranks:
         have = dist.get_world_size()
         raise Inconclusive(f"needs {ranks} ranks, and the group that exists has {have}")
-    answer = _answer(subject, function, arguments)
-    answers: list[Any] = [None] * ranks
-    dist.all_gather_object(answers, answer)
-    return _results(dict(enumerate(answers)), ranks)
+    if _lost and _lost[0].tally is not current_tally():
+        raise NotRun(f"the ranks lost each other in an earlier requirement: {_lost[0].why}")
+    if not _lost:
+        answer = _answer(subject, function, arguments)
+        answers: list[Any] = [None] * ranks
+        try:
+            dist.all_gather_object(answers, answer)
+        except RuntimeError as error:  # of the group, which cannot be used again
+            mine = f" ({answer.summary})" if isinstance(answer, Raised) else ""
+            why = f"rank {dist.get_rank()} of {ranks} waited for the others{mine}: {first_line(error)}"
+            _lost.append(Lost(current_tally(), why))
+        else:
+            return _results(dict(enumerate(answers)), ranks)
+    raise ConformanceFailure(WAITING, _lost[0].why)
 
 
 # The pool

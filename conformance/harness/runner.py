@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from conformance.harness import gpu_isolation, gpu_lane, ledger, records, verdict
+from conformance.harness import gpu_isolation, gpu_lane, ledger, records, torchrun, verdict
 from conformance.harness.environment import describe_environment, describe_implementation
 from conformance.harness.failures import ConformanceFailure, NotOffered, NotRun
 from conformance.harness.gpu_isolation import names_gpu
@@ -119,6 +119,8 @@ class Runner:
         required = required_slugs(self.settings.require, suite)
         self._prepare_torch()
         profile, seed = self._activate_profile()
+        workers = getattr(self.config, "workerinput", {}).get("workercount", 1)
+        torchrun.check(workers=workers, repeatable=seed is not None or _draws_alike())
         implementation = self._choose(session, chosen)
         entries = [*self.settings.known_failures, *ledger.bundled_entries()]
         self.known = {
@@ -294,6 +296,8 @@ class Runner:
         failing = found.last_tally.failing
         if subject is None or not failing or found.gpu or not can_be_repeated(failure):
             return None
+        if torchrun.several_ranks():  # it ends by the clock, and each rank has its own
+            return None
         from conformance.diagnosis import search, wording
 
         workers = getattr(self.config, "workerinput", {}).get("workercount", 1)
@@ -326,7 +330,7 @@ def plan_or_stop(runner: Runner, session: pytest.Session) -> dict[str, Any] | No
         return None  # pytest reports the files that cannot be collected, and stops
     try:
         return runner.plan(session)
-    except (CannotResolve, SettingsError, ledger.LedgerError) as error:
+    except (CannotResolve, SettingsError, ledger.LedgerError, torchrun.CannotRun) as error:
         return {"stop": f"conformance: {error}", "exit_code": verdict.USAGE}
     except BrokenSuite as error:
         return {
@@ -441,6 +445,13 @@ def _show(result: Any, record: dict[str, Any], error: BaseException | None, item
         result.longrepr = (*place, f"{verdict.WORDS[outcome]}: {reason}")
     if outcome != records.KNOWN_FAILURE and hasattr(result, "wasxfail"):
         del result.wasxfail  # a mark in the user's code is no entry of the ledger
+
+
+def _draws_alike() -> bool:
+    """Whether another process draws the same cases with the active profile."""
+    from conformance.harness import profiles
+
+    return profiles.active().derandomize
 
 
 def _last_part(text: str) -> str:
