@@ -63,10 +63,27 @@ CHANGED = "[name for name in before.keys() | after.keys() if before.get(name) !=
 NOT_CHANGED = "print('changed files:', sorted(out), '- expected none')"
 
 
-def files_changed(call: Call, *acts: str, first: tuple[str, ...] = ()) -> Course:
-    """What files below ``folder`` are changed by acts, each of which may raise; ``first`` may not."""
+def files_changed(
+    call: Call, *acts: str, first: tuple[str, ...] = (), last: tuple[str, ...] = ()
+) -> Course:
+    """What files below ``folder`` are changed by acts, each of which may raise.
+
+    ``first`` and ``last`` are done before and after them.
+    """
     tried = (f"with contextlib.suppress(Exception): {act}" for act in acts)
-    return course(call, *CONTENTS, *first, *tried, AFTERWARDS, result=CHANGED)
+    return course(call, *CONTENTS, *first, *tried, *last, AFTERWARDS, result=CHANGED)
+
+
+def room_for(size: int) -> tuple[str, ...]:
+    """Lines after which no file can have more bytes, as on a full disk, until :data:`ROOM_AGAIN`."""
+    return (
+        "import resource",
+        "limits = resource.getrlimit(resource.RLIMIT_FSIZE)",
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, limits[1]))",
+    )
+
+
+ROOM_AGAIN = "resource.setrlimit(resource.RLIMIT_FSIZE, limits)"
 
 
 def code_executed(call: Call, *acts: str) -> Course:

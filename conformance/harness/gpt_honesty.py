@@ -19,7 +19,7 @@ from torch import Tensor
 from conformance.harness.calls import Course, course
 from conformance.harness.compare import assert_identical
 from conformance.harness.failures import ConformanceFailure, NotRun, failing_at
-from conformance.harness.file_calls import NOT_CHANGED, files_changed
+from conformance.harness.file_calls import NOT_CHANGED, ROOM_AGAIN, files_changed, room_for
 from conformance.harness.gpt_cases import GPTCall, GPTCase
 from conformance.harness.gpt_checks import (
     assert_facts,
@@ -430,12 +430,7 @@ def assert_failing_save(gpt_checkpoint: Subject, case: GPTCase) -> None:
         before = contents(Path(source).parent)
         limit = len(content) * (1 + case.drawn["percent"]) // 100
         done = replace(call, done=f".load().save({source!r})")
-        limited = (
-            f"model = {loading(call)}",
-            "import resource, signal",
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)",
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))",
-        )
+        limited = (f"model = {loading(call)}", *room_for(limit))
         try:
             with files_no_larger_than(limit):
                 loaded.save(source)
@@ -444,8 +439,8 @@ def assert_failing_save(gpt_checkpoint: Subject, case: GPTCase) -> None:
                 raise
         else:
             summary = f"save() returns although only {limit} bytes could be written"
-            told = course(done, *limited, result="model.save(source)")
-            shown_by = "print('save() gives', out, '- expected an error')"
+            told = course(done, *limited, "model.save(source)", result=ROOM_AGAIN)
+            shown_by = "print('save() returns, expected an error')"
             raise ConformanceFailure("accepted", summary, call=told, shown_by=shown_by)
         counted()
         after = contents(Path(source).parent)
@@ -456,7 +451,7 @@ def assert_failing_save(gpt_checkpoint: Subject, case: GPTCase) -> None:
             raise ConformanceFailure(
                 "half written",
                 f"a save that failed half-way changed {changed}",
-                call=files_changed(done, "model.save(source)", first=limited),
+                call=files_changed(done, "model.save(source)", first=limited, last=(ROOM_AGAIN,)),
                 shown_by=NOT_CHANGED,
             )
 
