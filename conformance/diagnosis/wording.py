@@ -8,24 +8,41 @@ from typing import Any
 
 from conformance.diagnosis.candidates import Candidate
 from conformance.diagnosis.search import Diagnosis
+from conformance.known_bugs import PlantedBug
 
 WIDTH = 92
+INDENT = 12
 
 
-def lines(diagnosis: Diagnosis) -> list[str]:
-    """What a failure's message says of it; nothing where there is nothing to say."""
+def lines(diagnosis: Diagnosis, slug: str) -> list[str]:
+    """What the message of a failure of the requirement ``slug`` says of it; it may be nothing."""
     said: list[str] = []
-    if diagnosis.named:
-        names = " or ".join(_names(candidate) for candidate in diagnosis.named)
-        cases = f"{diagnosis.cases} case{'s' * (diagnosis.cases != 1)}"
-        said.append(f"on {cases} equal to what {names} gives")
-        said += [text for candidate in diagnosis.named for text in _mechanisms(candidate)]
-        if len(diagnosis.named) > 1:
-            said.append("these cannot be told apart by the cases that were tried")
-    said += [f"seen: {observation}" for observation in diagnosis.seen]
+    for number, candidate in enumerate(diagnosis.named):
+        said += _headed("       or" if number else "looks like", _known(candidate, diagnosis, slug))
+    if not diagnosis.named:
+        said += _headed("seen", [f"{observation}." for observation in diagnosis.seen])
     if diagnosis.note:
-        said.append(diagnosis.note)
-    return [line for text in said for line in textwrap.wrap(text, WIDTH)]
+        said += _headed("note", [f"{diagnosis.note}."])
+    return said
+
+
+def _headed(head: str, texts: list[str]) -> list[str]:
+    wrapped = [line for text in texts for line in textwrap.wrap(text, WIDTH)]
+    heads = [head, *[""] * len(wrapped)]
+    return [f"{head:<{INDENT}}{line}" for head, line in zip(heads, wrapped)]
+
+
+def _known(candidate: Candidate, diagnosis: Diagnosis, slug: str) -> list[str]:
+    names = " together with ".join(_cited(bug) for bug in candidate.bugs)
+    cases = f"{diagnosis.cases} case{'s' * (diagnosis.cases != 1)}"
+    said = [f"{names}, equal on {cases}:", *(bug.mechanism for bug in candidate.bugs)]
+    rules = dict.fromkeys(_rule(bug.breaks) for bug in candidate.bugs if bug.breaks != slug)
+    return [*said, *(f"Correct: {rule}" for rule in rules)]
+
+
+def _cited(bug: PlantedBug) -> str:
+    source = _source(bug.entry)
+    return f"{bug.id} ({source})" if source else bug.id
 
 
 def as_data(diagnosis: Diagnosis) -> dict[str, Any]:
@@ -46,19 +63,6 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
         "correct": " ".join(dict.fromkeys(_rule(bug.breaks) for bug in candidate.bugs)),
         "source": "; ".join(filter(None, (_source(bug.entry) for bug in candidate.bugs))),
     }
-
-
-def _names(candidate: Candidate) -> str:
-    return " with ".join(f"the known bug {id}" for id in candidate.ids)
-
-
-def _mechanisms(candidate: Candidate) -> list[str]:
-    said = []
-    for bug in candidate.bugs:
-        source = _source(bug.entry)
-        where = f"{bug.id} ({source})" if source else bug.id
-        said.append(f"{where}: {bug.mechanism} Correct: {_rule(bug.breaks)}")
-    return said
 
 
 def _rule(slug: str) -> str:

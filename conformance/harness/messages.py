@@ -32,9 +32,8 @@ def diagnosis_lines(failure: ConformanceFailure) -> list[str]:
         return []
     from conformance.diagnosis import wording
 
-    said = wording.lines(failure.diagnosis)
-    heads = ["looks like" if failure.diagnosis.named else "diagnosis", *[""] * len(said)]
-    return ["", *(f"{head:<12}{line}" for head, line in zip(heads, said))] if said else []
+    said = wording.lines(failure.diagnosis, failure.requirement.slug)
+    return ["", *said] if said else []
 
 
 def reproduction(failure: ConformanceFailure) -> list[str]:
