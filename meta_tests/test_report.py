@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from command_line import suite_run
 from made_reports import (
     CORE,
     EXTENDED,
@@ -376,6 +377,36 @@ def test_a_new_run_forgets_the_old_verdict(tmp_path):
     with pytest.raises(reader.NotAReport):
         reader.read_report(tmp_path)
     assert not [name for name in PAGES if (tmp_path / name).exists()]
+
+
+FOLDER_TAKEN = """
+import pathlib, shutil, pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish():
+    shutil.rmtree("out")
+    pathlib.Path("out").write_text("a file")
+"""
+
+
+def test_a_report_that_cannot_be_written_is_said_and_is_not_green(tmp_path):
+    run = suite_run(tmp_path, "-p", "taking", files={"taking.py": FOLDER_TAKEN})
+    assert run.status == 4, run.text
+    assert run.verdict.startswith("partial: 1 of "), run.text
+    (line,) = [line for line in run.out.splitlines() if line.startswith("report ")]
+    assert line == f"report  not written to {tmp_path / 'out'}: Not a directory"
+    assert "INTERNALERROR" not in run.out + run.err, run.text
+
+
+def test_known_bugs_that_explain_failures_stand_in_the_terminal():
+    records = [
+        ended(CORE[0], "fail", diagnosis=diagnosed("bug-one")),
+        ended(CORE[1], "fail", diagnosis=diagnosed("bug-one", "bug-two")),
+        ended(EXTENDED[0], "fail"),
+    ]
+    lines = [line for _, line in terminal_lines(records, report_of(records).verdict)]
+    assert "looks like bug-one: 1 of 3 failed" in lines
+    assert "looks like bug-one or bug-two: 1 of 3 failed" in lines
 
 
 def test_terminal_lines_are_few(tmp_path):

@@ -12,7 +12,7 @@ from conformance.harness.verdict import WORDS
 from conformance.reports.badge import COLOURS, badge_data, badge_files
 from conformance.reports.changes import compare
 from conformance.reports.changes_pages import summary as summary_of_changes
-from conformance.reports.markdown import LIMIT, cell, code, escaped, table
+from conformance.reports.markdown import LIMIT, cell, code, escaped, fitting, table
 from conformance.reports.several import side_by_side
 from conformance.reports.several_pages import summary as summary_of_several
 from conformance.reports.summary import summary_markdown
@@ -39,7 +39,7 @@ def assert_harmless(text):
     assert "`" not in bare, "a span of code is open"
     assert not re.search(r"<(?!/?(?:details|summary)\b)", bare), "HTML"
     assert not re.search(r"(?<!\\)\]\(", bare), "a link"
-    assert not re.search(r"[@#]\w", bare), "a mention or a reference"
+    assert not re.search(r"@\w|#\d", bare), "a mention or a reference"
     for line in text.split("\n"):
         assert not line.startswith("#") or re.match(r"#{2,3} [A-Z]", line), line
 
@@ -114,6 +114,9 @@ def test_a_summary_fits_a_comment_however_much_fails():
     assert len(text.encode()) <= LIMIT
     assert text.startswith("## Conformance: fail")
     assert "1299 of 1299" in text
+    named, (rest,) = text.count("**Looks like"), re.findall(r"and (\d+) more failed, of", text)
+    assert named >= 3
+    assert named + int(rest) == 1299
 
 
 def test_a_summary_says_how_much_it_leaves_out():
@@ -121,6 +124,12 @@ def test_a_summary_says_how_much_it_leaves_out():
     text = summary_markdown(report_of(records))
     assert len(text) < 20_000
     assert "and 260 more" in text
+
+
+def test_what_does_not_fit_however_little_is_shown_is_cut_off_at_a_line():
+    text = fitting(lambda most: "ü" * 99 + "\n" + "a line\n" * 20_000)
+    assert len(text.encode()) <= LIMIT
+    assert text.endswith("a line\n\n… the rest is in report.html.\n")
 
 
 def test_numerics_stand_in_the_summary():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Controller:
         self.verdict: verdict.Verdict | None = None
         self.plan_folder: tempfile.TemporaryDirectory | None = None
         self.writer: ReportWriter | None = None
+        self.not_written: str | None = None
+        """Why the report could not be written any further."""
         folder = config.getoption("conformance_report")
         if folder and torchrun.reports():
             try:
@@ -66,8 +68,7 @@ class Controller:
             with numerics_errors_named():
                 self.numerics.begin(plan["numerics"], plan["header"]["planned"])
         self.plan = plan
-        if self.writer:
-            self.writer.append(plan["header"])
+        self._write(lambda writer: writer.append(plan["header"]))
 
     def read_plans(self) -> None:
         """Take the plan that a worker of xdist left."""
@@ -97,8 +98,7 @@ class Controller:
         self.records[record["id"]] = record
         if self.numerics:
             self.numerics.take(record["id"], getattr(result, ATTRIBUTE, None))
-        if self.writer:
-            self.writer.append(record)
+        self._write(lambda writer: writer.append(record))
 
     def worker_died(self, nodeid: str, result: pytest.TestReport) -> None:
         """A worker of xdist is gone that ran this item, whose report may have come before."""
@@ -135,13 +135,25 @@ class Controller:
         )
         if self.numerics:
             ended = self.numerics.finish(ended)
-        if self.writer:
-            self.writer.finish(head, self.records.values(), self.verdict, self.numerics)
-        return ended
+        ended_with = (head, self.records.values(), self.verdict, self.numerics)
+        self._write(lambda writer: writer.finish(*ended_with))
+        return ended or (verdict.USAGE if self.not_written else ended)
+
+    def _write(self, write: Callable[[ReportWriter], None]) -> None:
+        """Write to the report, if one is asked for, until that fails for the first time."""
+        if self.writer is None:
+            return
+        try:
+            write(self.writer)
+        except OSError as error:
+            self.not_written = f"{self.writer.folder}: {error.strerror or error}"
+            self.writer = None
 
     def lines(self) -> Iterable[tuple[str, str]]:
         """What the terminal shows at the end."""
         lines = terminal_lines(list(self.records.values()), self.verdict)
+        if self.not_written:
+            lines.append(("red", f"report  not written to {self.not_written}"))
         return [*lines, *(self.numerics.lines if self.numerics else ())]
 
     @property

@@ -26,7 +26,7 @@ def escaped(text: str, width: int = WIDTH) -> str:
     line = _one_line(text, width).replace("&", "&amp;").replace("<", "&lt;")
     line = re.sub(r"([\\`*_\[\]|~!])", r"\\\1", line)
     # Mentions and references are found in what is shown, so that a backslash does not stop them.
-    return re.sub(r"([@#])(?=\w)", "\\1\u200b", line)
+    return re.sub(r"@(?=\w)|#(?=\d)", "\\g<0>\u200b", line)
 
 
 def cell(text: str) -> str:

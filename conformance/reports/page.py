@@ -103,7 +103,7 @@ def page(report: Report) -> str:
         bars=[(level, level_bar(report, level)) for level in ("core", "extended")],
         used_ends=used_ends([report.verdict.counts]),
         contracts=contracts,
-        contract_ends=contract_ends(contracts),
+        contract_ends=contract_ends,
         requirements=requirements(report),
         failures=red,
         groups=[group_view(group, group_count) for group, group_count in whole(red)],
@@ -182,7 +182,11 @@ def sentences(report: Report) -> list[str]:
     """The counts of a run with their denominators, in words."""
     counts, said = report.verdict.counts, []
     for level, ends in counts["levels"].items():
-        rest = [f"{thousands(ends[end])} {WORDS[end]}" for end in ENDS[1:] if ends.get(end)]
+        rest = [
+            f"{thousands(ends[end])} {(ONE if ends[end] == 1 else WORDS)[end]}"
+            for end in ENDS[1:]
+            if ends.get(end)
+        ]
         passed = f"{thousands(ends.get(PASS, 0))} of {thousands(ends['suite'])}"
         said.append(f"{passed} {level} requirements passed" + "".join(f"; {each}" for each in rest))
     cases, lanes = counts["cases"], counts["comparisons"]
@@ -208,7 +212,7 @@ def used_ends(counts: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def contract_ends(contracts: Sequence[ContractCounts]) -> list[str]:
     """The columns of the table of contracts beside what passed: what failed, and what occurs."""
-    found = used_ends([each.counts for each in contracts])
+    found = used_ends(each.counts for each in contracts)
     return [end for end in ENDS[1:] if end == FAIL or end in found]
 
 

@@ -28,6 +28,9 @@ from conformance.reports.reader import Report
 ENDS = (*OUTCOMES, "deselected", "missing")
 """Every way in which a requirement of the suite can end, in the order in which they are shown."""
 
+FEWEST_GROUPS = 3
+"""Groups of failures that are named in any case."""
+
 
 def summary_markdown(report: Report, more: Iterable[str] = ()) -> str:
     """The summary in Markdown, of less than 60,000 bytes; ``more`` are lines of other sections."""
@@ -72,7 +75,9 @@ def _failures(red: list[Mapping[str, Any]], most: int) -> Iterable[str]:
     if not red:
         return
     yield from ("", "### Failed")
-    for group in group_failures(red):
+    groups = group_failures(red)
+    shown = max(most, FEWEST_GROUPS)
+    for group in groups[:shown]:
         yield from ("", f"**{_title(group)}** ({len(group.records)} of {len(red)} failed)", "")
         for each in group.explanations:
             named = f"{code(each.name)}: " if group.kind == AMBIGUOUS else ""
@@ -80,6 +85,9 @@ def _failures(red: list[Mapping[str, Any]], most: int) -> Iterable[str]:
             source = f" Source: {escaped(each.source)}." if each.source else ""
             yield from (f"{named}{escaped(each.mechanism, 400)}{correct}{source}", "")
         yield from bullets(map(_failure, group.records), most)
+    if rest := groups[shown:]:
+        number = sum(len(group.records) for group in rest)
+        yield from ("", f"… and {number} more failed, of {len(rest)} further explanations")
 
 
 def _title(group: Group) -> str:
