@@ -5,12 +5,14 @@ Two agents of torchrun on this machine are two nodes to each other: they share a
 
 from __future__ import annotations
 
+import shlex
 import socket
 import subprocess
 import sys
 
 import pytest
 from command_line import BOUND, ROOT, environment, pytest_run, start
+from test_readme import code_blocks
 
 from conformance.harness import torchrun
 from conformance.reports.reader import read_report
@@ -65,26 +67,29 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def shown_commands() -> list[str]:
+    """The commands of docs/pull_requests.md, one a node."""
+    page = (ROOT / "docs/pull_requests.md").read_text()
+    lines = [text.replace("\\\n", " ").strip() for text in code_blocks("sh", page)]
+    found = [line for line in lines if line.startswith("torchrun ")]
+    assert len(found) == 2
+    return found
+
+
 def on_two_nodes(folder, *arguments, reached=2):
     """Exit status and output of the agent of each node, one rank a node."""
     (folder / "layers.py").write_text(LAYERS.format(reached=reached))
     (folder / "test_local.py").write_text(LOCAL)
     port = free_port()
     agents = []
-    for node in (0, 1):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes=2",
-            "--nproc-per-node=1",
-        ]
-        command += [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        command += ["-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={folder}", *arguments]
-        command += [str(ROOT / "conformance/test_parallel_linear.py"), "--impl=layers"]
+    for line in shown_commands():
+        words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)[1:]]
+        given = {"first.example": "127.0.0.1", "29500": str(port), "my_layers": "layers"}
+        command = [given.get(word, word) for word in words]
+        command += ["-p", "no:cacheprovider", f"--rootdir={folder}", *arguments]
         agents.append(
             subprocess.Popen(
-                [*command, "-k", f"{ROW_SUM} or first_rank", "--conformance-report=out"],
+                [*command, "-k", f"{ROW_SUM} or first_rank"],
                 cwd=folder,
                 env=environment(),
                 stdout=subprocess.PIPE,
