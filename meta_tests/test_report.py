@@ -1,10 +1,12 @@
 """Verdicts, exit codes, and a reader that takes no report on trust."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
-from command_line import suite_run
+from command_line import ROOT, suite_run
 from made_reports import (
     CORE,
     EXTENDED,
@@ -206,6 +208,17 @@ def test_any_text_of_an_implementation_survives_the_stream(tmp_path, text):
         writer.append(line)
     writer.finish(made.header, made.records, made.verdict)
     assert reader.read_report(tmp_path).records == made.records
+
+
+@pytest.mark.parametrize(
+    "module", ["conformance.reports.command", "conformance.reports.stream", "conformance.__main__"]
+)
+def test_imports_stay_light(module):
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    heavy = {"torch", "jinja2", "markupsafe", "hypothesis", "transformers", "pytest"}
+    assert not set(done.stdout.split()) & heavy
 
 
 def test_stream_fits_the_schema(tmp_path):
