@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--conformance-report",
         metavar="DIR",
-        help="write report.jsonl and summary.md into this folder",
+        help="write report.jsonl, report.html, summary.md and a badge into this folder",
     )
     group.addoption(
         "--conformance-timeout",
