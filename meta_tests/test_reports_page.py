@@ -188,7 +188,15 @@ def test_every_failure_is_on_the_page_and_the_page_stays_bounded():
     made = page(report)
     assert problems(made) == []
     assert {record["id"] for record in report.records} <= set(read_page(made).attributes("id"))
+    assert made.count("Run this requirement again") == pages.SHOWN_WHOLE
     assert len(made) < 1_000_000
+
+
+def test_every_group_of_failures_is_shown_with_examples():
+    records = [ended(f"rule.a.n{i}", "fail", diagnosis=diagnosed("common")) for i in range(200)]
+    records += [ended(f"rule.b.n{i}", "fail", diagnosis=diagnosed("rare")) for i in range(4)]
+    found = pages.whole(records)
+    assert [(len(group.records), shown) for group, shown in found] == [(200, 120), (4, 3)]
 
 
 @pytest.mark.parametrize("outcome", ["pass", "not_offered"])
