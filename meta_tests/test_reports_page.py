@@ -265,6 +265,24 @@ def test_the_command_keeps_device_and_variables():
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0"),
+        (0.41234, "0.412"),
+        (1e-9, "1e-09"),
+        (999.4, "999"),
+        (9034.0, "9,030"),
+        (-45678, "-45,700"),
+        (2.5e6, "2.5e+06"),
+        (None, "not finite"),
+        (float("inf"), "not finite"),
+    ],
+)
+def test_numbers_are_shown_in_three_digits(value, shown):
+    assert pages.number(value) == shown
+
+
 # Plots
 
 

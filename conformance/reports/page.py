@@ -163,7 +163,8 @@ def number(value: float | None) -> str:
     """A measured number in three digits; the word for what is not one."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "not finite"
-    return f"{value:.3g}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if 1000 <= abs(rounded) < 1e6 else f"{rounded:.3g}"
 
 
 def duration(seconds: float) -> str:
