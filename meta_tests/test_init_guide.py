@@ -42,7 +42,7 @@ def test_the_guide_leads_from_nothing_to_a_gate(tmp_path, installed):  # noqa: F
     adapter = block_that_starts("python", "# conformance_adapter.py", GUIDE)
     (tmp_path / "conformance_adapter.py").write_text(adapter)
 
-    smoke, _, own = commands("python -m pytest --pyargs")
+    smoke, _, own = commands("python -m pytest --pyargs conformance --smoke")
     for command in (smoke, f"{own} --smoke"):
         ended = run(command, tmp_path, installed)
         assert ended.returncode == 0, ended.stdout + ended.stderr
