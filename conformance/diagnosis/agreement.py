@@ -8,6 +8,7 @@ numbers up to rounding.
 from __future__ import annotations
 
 import re
+import tempfile
 
 import torch
 
@@ -24,6 +25,7 @@ PRINTED = {True: 2e-2, False: 1e-3}
 """Relative differences of printed numbers that rounding explains, in 16 bits and elsewhere."""
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)")
+_TEMPORARY = re.compile(re.escape(tempfile.gettempdir()) + r"""/[^\s/'"]+""")
 _FRAME = re.compile(r"\s|File |Traceback|rank \d+: *File ")
 
 
@@ -74,8 +76,9 @@ def _size(values: torch.Tensor) -> float:
 
 
 def told(failure: ConformanceFailure) -> list[str]:
-    """What a failure says, without the frames of code."""
-    return [failure.summary, *(d for d in failure.details if not _FRAME.match(d))]
+    """What a failure says, without the frames of code and the names of temporary folders."""
+    lines = [failure.summary, *(d for d in failure.details if not _FRAME.match(d))]
+    return [_TEMPORARY.sub("(temporary)", line) for line in lines]
 
 
 def texts_agree(mine: list[str], theirs: list[str], relative: float) -> bool:
