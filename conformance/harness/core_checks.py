@@ -225,8 +225,8 @@ def folded(layer: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.detach() for x in found)
 
 
-FOLDED = "(lambda base, a, b: base + a[{expert}] @ b[{expert}])(*out.fold())"
-"""Python that gives the weight of an expert from the fold."""
+FOLDED = "(lambda base, a, b: base + a[{expert}] @ b[{expert}])(*(t.double() for t in out.fold()))"
+"""Python that gives the weight of an expert from the fold, in float64."""
 
 
 def compare_fold(layer: nn.Module, call: Call, right: Call | None = None) -> None:

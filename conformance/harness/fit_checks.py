@@ -15,6 +15,7 @@ from conformance.harness.core_cases import FACTORS
 from conformance.harness.failures import ConformanceFailure, Declined, failing_at
 from conformance.harness.fit_cases import FitCase
 from conformance.harness.requirement import current_tally
+from conformance.harness.shown import preceded_by
 from conformance.harness.subject import Subject, reject_alias
 from conformance.harness.tolerance import STEP_ERROR
 
@@ -88,7 +89,16 @@ def error_of(factors: dict[str, Tensor], call: Call) -> float:
 
 def bad(kind: str, summary: str, call: Call, shown_by: str = "print(out)") -> ConformanceFailure:
     """A failure of this call."""
+    if kind == "worse" and shown_by == "print(out)":
+        shown_by = ERROR
     return ConformanceFailure(kind, summary, call=call, shown_by=shown_by)
+
+
+ERROR = """\
+side = lambda u, v: torch.eye(u.shape[1]) + u.double() @ v.double().mT
+found = side(out.u_out, out.v_out) @ out.core.double() @ side(out.u_in, out.v_in)
+print('error', (experts - found).norm().item(), 'of the mean', (experts - experts.mean(0)).norm().item())"""
+"""Lines that print how far the reconstructions are off the experts, and how far their mean is."""
 
 
 def counted() -> None:
@@ -249,7 +259,8 @@ def assert_same_seed(subject: Subject, case: FitCase) -> None:
 def assert_no_memory(subject: Subject, case: FitCase) -> None:
     """Experts of the same shapes that are fitted one after another do not meet."""
     fitted(subject, case.call(device=subject.device))
-    assert_never_worse(subject, replace(case, seed=case.seed + 1))
+    with preceded_by(case.call(device=subject.device)):
+        assert_never_worse(subject, replace(case, seed=case.seed + 1))
 
 
 def assert_other_seed(subject: Subject, case: FitCase) -> None:
@@ -260,6 +271,14 @@ def assert_other_seed(subject: Subject, case: FitCase) -> None:
         counted()
         if torch.equal(first[name], second[name]):
             raise bad("no effect", f"{name} is the same for seeds 3 and 4", other)
+
+
+STATE_KEPT = "print('as before:', torch.equal(torch.get_rng_state(), before), '- expected True')"
+
+
+def random_state(call: Call) -> Call:
+    """The call after a line that keeps the global random state."""
+    return call.then("before = torch.get_rng_state()")
 
 
 def assert_global_state(subject: Subject, case: FitCase) -> None:
@@ -273,7 +292,8 @@ def assert_global_state(subject: Subject, case: FitCase) -> None:
             fitted(subject, call)
             counted()
             if not torch.equal(torch.get_rng_state(), before):
-                raise bad("changed state", "the global random state was changed", call)
+                summary = "the global random state was changed"
+                raise bad("changed state", summary, random_state(call), STATE_KEPT)
             if torch.is_grad_enabled() != enabled:
                 raise bad("changed state", "the recording of gradients was changed", call)
 

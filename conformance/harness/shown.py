@@ -89,6 +89,17 @@ def earlier_calls_shown(*in_doubt: Call) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def preceded_by(*calls: Call) -> Iterator[None]:
+    """A failure in here may be of these calls, which were made before: its lines make them too."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        if failure.call is not None:
+            make_earlier_calls(failure, Kept([*calls, failure.call]))
+        raise
+
+
 def show(failure: ConformanceFailure, kept: Kept) -> None:
     """Give a failure the lines that it takes."""
     if failure.summary.startswith("chunked output"):
