@@ -183,6 +183,22 @@ def test_parts_of_different_suites_are_refused(tmp_path, capsys):
     assert f"their suites differ, for example in {EXTENDED[0]}" in capsys.readouterr().err
 
 
+def test_the_order_is_by_file_and_in_a_file_from_top_to_bottom(tmp_path):
+    """As pytest collects them, whichever file a part collected first."""
+    slugs = ("other.b.x", "rule.z.first", "rule.a.second")
+    suite = dict.fromkeys(slugs, "core")
+    late, early = (dict.fromkeys(order, "core") for order in ((*slugs[1:], slugs[0]), slugs))
+    parts = [
+        report_of([ended(slugs[2], "pass"), ended(slugs[1], "pass")], late),
+        report_of([ended(slugs[0], "pass")], early),
+    ]
+    assert merged(tmp_path, parts) == 0
+    found = read_report(tmp_path / "out")
+    assert tuple(found.header["suite"]) == tuple(suite) == slugs
+    assert tuple(found.header["planned"]) == slugs
+    assert tuple(record["id"] for record in found.records) == slugs
+
+
 def test_on_a_gpu_a_part_may_hold_what_has_no_place_there(tmp_path):
     """What is planned on the CPU beside a GPU is in the suite of its part alone."""
     suite = dict.fromkeys(CORE, "core")
