@@ -25,7 +25,8 @@ PRINTED = {True: 2e-2, False: 1e-3}
 """Relative differences of printed numbers that rounding explains, in 16 bits and elsewhere."""
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)")
-_TEMPORARY = re.compile(re.escape(tempfile.gettempdir()) + r"""/[^\s/'"]+""")
+_FOLDERS = "|".join(map(re.escape, (tempfile.gettempdir(), "/dev/shm")))
+_TEMPORARY = re.compile(rf"""(?:{_FOLDERS})/[^\s/'":]+""")
 _FRAME = re.compile(r"\s|File |Traceback|rank \d+: *File ")
 
 

@@ -25,6 +25,11 @@ SHARE = 0.5
 OWN_SHARE = 0.25
 """Of a failure's time the implementation itself may take so much; the rest is for known bugs."""
 
+TOO_SHORT = 0.1
+"""Seconds with which no search is begun."""
+
+NO_TIME = "the time for known bugs was used by other failures of the contract"
+
 MOST_NAMED = 3
 """So many bugs that cannot be told apart are named; more of them are no diagnosis."""
 
@@ -93,6 +98,8 @@ def diagnose(
     ``seconds`` are those of all failures of the contract in this process.
     """
     memory = _memories.setdefault(requirement.contract, Memory(Clock(seconds)))
+    if memory.clock.left < TOO_SHORT:
+        return Diagnosis(seen=signatures(failure), note=NO_TIME)
     began = time.monotonic()
     with memory.clock.running(SHARE):
         search = Search(requirement, subject, memory.clock)
