@@ -353,7 +353,8 @@ def run_gradients(attention: Subject, call: Call) -> dict[str, Tensor]:
     arguments, options = call.values()
     upstream = upstream_gradient(call)
     found = gradients(attention, arguments, options, upstream)
-    keep(call, upstream, gradients=tuple(found))
+    names = {name: name for name in found}
+    keep(call, upstream, gradients=names, upstream_seed=call.case.seed + 1)
     for name, gradient in found.items():
         if gradient is None:
             raise ConformanceFailure(

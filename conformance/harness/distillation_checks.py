@@ -188,6 +188,13 @@ def assert_zero(tensor: Tensor, call: Call, what: str) -> None:
         name = f"{what}{list(at)}" if at else what
         summary = f"{name} is {float(tensor[at]):.6g}, expected 0; {len(wrong)} are not"
         shown = "print(torch.autograd.grad(out, student)[0])" if at else "print(out)"
+        if what.startswith("the gradient of the teacher's"):
+            shown = (
+                "out.backward()\nprint([p.grad for p in teacher.parameters()], '- expected none')"
+            )
+        elif what == "the gradient of the teacher":
+            asked = "torch.autograd.grad(out, teacher, allow_unused=True)[0]"
+            shown = f"print({asked}, '- expected none')"
         raise ConformanceFailure("not zero", summary, call=call, lane=EXACT, shown_by=shown)
 
 

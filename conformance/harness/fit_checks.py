@@ -97,7 +97,8 @@ def bad(kind: str, summary: str, call: Call, shown_by: str = "print(out)") -> Co
 ERROR = """\
 side = lambda u, v: torch.eye(u.shape[1]) + u.double() @ v.double().mT
 found = side(out.u_out, out.v_out) @ out.core.double() @ side(out.u_in, out.v_in)
-print('error', (experts - found).norm().item(), 'of the mean', (experts - experts.mean(0)).norm().item())"""
+error = lambda found: (experts - found).norm().item()
+print('error', error(found), '- expected not above that of the mean', error(experts.mean(0)))"""
 """Lines that print how far the reconstructions are off the experts, and how far their mean is."""
 
 

@@ -6,6 +6,7 @@ nothing in the output that is compared, nor in any gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from conformance.harness.moe_block_oracle import (
     mlp,
 )
 from conformance.harness.requirement import current_tally
+from conformance.harness.shown import keep
 from conformance.harness.subject import Subject
 
 
@@ -204,12 +206,21 @@ def run_gradients(moe_block: Subject, call: Call) -> dict[str, Tensor]:
         found: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if rows.requires_grad:
             upstream = expected.upstream[0].to(rows)
+            if bool(block_choice(call).clear.all()):  # else the lines would have to leave rows out
+                keep_gradients(call, output, leaves)
             found = torch.autograd.grad(rows, list(leaves.values()), upstream, allow_unused=True)
     for name, gradient in zip(leaves, found):
         if gradient is None:
             summary = f"no gradient reaches {name}"
             raise ConformanceFailure("no gradient", summary, call=call, lane=lane_of(call.dtype))
     return dict(zip(leaves, found))
+
+
+def keep_gradients(call: Call, output: Tensor, names: Iterable[str]) -> None:
+    """Note that gradients were asked for, under the names that the call's lines have."""
+    written = {"shared gate_up_proj": "shared_gate_up", "shared down_proj": "shared_down"}
+    gradients = {name: written.get(name, name) for name in names}
+    keep(call, output, gradients=gradients, upstream_seed=call.case.seed)
 
 
 def assert_gradients(moe_block: Subject, case: BlockCase, *names: str) -> None:

@@ -458,7 +458,7 @@ def assert_gradient_matches(rotary: Subject, case: RotaryCase) -> None:
         with failing_at(call):
             upstream = upstream_gradient(call)
             found = gradient(rotary, x, positions, options, upstream)
-            keep(call, upstream, gradients=("x",))
+            keep(call, upstream, gradients={"x": "x"}, upstream_seed=call.case.seed + 1)
         if found is None:
             raise ConformanceFailure("no gradient", "no gradient reaches x", call=call)
         assert_close_to(found, expected_gradient(call), call, name="gradient of x")

@@ -7,7 +7,7 @@ the last of them, its lines make the others too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -34,8 +34,9 @@ class Kept:
     calls: list[Call] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
     """Of the results of these."""
-    gradients: tuple[str, ...] = ()
-    """Names of what the latest call was differentiated with respect to."""
+    gradients: Mapping[str, str] = field(default_factory=dict)
+    """Of what the latest call was asked: what the check calls it, and what the lines call it."""
+    upstream_seed: int = 0
     arguments: list[tuple[Any, ...]] = field(default_factory=list)
     """What the method itself was given, in every call of it."""
 
@@ -43,13 +44,22 @@ class Kept:
 _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 
 
-def keep(call: Call, result: Tensor, *, gradients: Sequence[str] = ()) -> None:
-    """Note that a call was made; ``gradients`` of what were asked for then."""
+def keep(
+    call: Call,
+    result: Tensor,
+    *,
+    gradients: Mapping[str, str] | None = None,
+    upstream_seed: int = 0,
+) -> None:
+    """Note that a call was made, and of what ``gradients`` were asked for then.
+
+    They are of the sum of the result times random numbers of a seed.
+    """
     kept = _kept.get()
     if kept is not None:
         kept.calls.append(call)
         kept.shapes.append(result.shape)
-        kept.gradients = tuple(gradients)
+        kept.gradients, kept.upstream_seed = gradients or {}, upstream_seed
 
 
 def keep_arguments(arguments: tuple[Any, ...]) -> None:
@@ -105,7 +115,7 @@ def show(failure: ConformanceFailure, kept: Kept) -> None:
     if failure.summary.startswith("chunked output"):
         make_parts(failure, kept.arguments)
     elif kept.gradients and failure.call in kept.calls:
-        make_gradients(failure, kept.gradients)
+        make_gradients(failure, kept.gradients, kept.upstream_seed)
     elif failure.shown_by == PLAIN and failure.kind in ("not identical", "no effect"):
         compare_calls(failure, kept)
 
@@ -181,26 +191,34 @@ def part_of(whole: Tensor, part: Tensor, name: str) -> str:
 # Gradients
 
 
-def make_gradients(failure: ConformanceFailure, names: Sequence[str]) -> None:
-    """Lines that differentiate the sum of output times a random tensor, as the check has done."""
+def make_gradients(
+    failure: ConformanceFailure, names: Mapping[str, str], upstream_seed: int
+) -> None:
+    """Lines that differentiate the sum of output times random numbers, as the check has done."""
     call = failure.call
-    found = re.search(rf"(?:gradient of|reaches) ({'|'.join(names)})\b", failure.summary)
-    name = found[1] if found else names[0]
-    failure.call = call.then(f"for each in [{', '.join(names)}]: each.requires_grad_()")
+    found = re.search(rf"gradient of ({'|'.join(map(re.escape, names))})\b", failure.summary)
+    name = names[found[1]] if found else next(iter(names.values()))
     if failure.kind == "no gradient":
-        lines = [
-            "there = out.requires_grad and torch.autograd.grad(out.sum(), "
-            f"{name}, allow_unused=True)[0] is not None",
-            f"print('a gradient of {name}:', there, '- expected True')",
-        ]
-    else:
-        upstream = "torch.randn(out.shape, generator=torch.Generator().manual_seed({}))"
-        lines = [
-            f"upstream = {upstream.format(call.case.seed + 1)}.to(out)",
-            "out.backward(upstream)",
-            element(f"{name}.grad", failure.shown_by),
-        ]
+        return
+    failure.call = call.then(f"for each in [{', '.join(names.values())}]: each.requires_grad_()")
+    generator = f"torch.Generator().manual_seed({upstream_seed})"
+    lines = [
+        f"upstream = torch.randn(out.shape, generator={generator}).to(out)",
+        "out.backward(upstream)",
+        element(f"{name}.grad", failure.shown_by),
+    ]
     failure.shown_by = "\n".join(lines)
+
+
+def no_gradient(name: str) -> str:
+    """Lines that print whether a gradient of the output reaches a tensor."""
+    asked = f"torch.autograd.grad(out.sum(), {name}, allow_unused=True)[0]"
+    return "\n".join(
+        (
+            f"there = out.requires_grad and {asked} is not None",
+            f"print('a gradient of {name}:', there, '- expected True')",
+        )
+    )
 
 
 # Printing
@@ -219,6 +237,9 @@ def element(source: str, shown_by: str) -> str:
 
 def shown_by_kind(failure: ConformanceFailure) -> tuple[tuple[str, ...], str]:
     """Lines before the call, and the line after it, of a failure that its kind says all about."""
+    reached = re.fullmatch(r"no gradient reaches (\w+)", failure.summary)
+    if reached and isinstance(failure.call.namespace().get(reached[1]), Tensor):
+        return (f"{reached[1]}.requires_grad_()",), no_gradient(reached[1])
     if failure.shown_by != PLAIN:
         return (), failure.shown_by
     if failure.kind in ("changed input", "aliased output"):
