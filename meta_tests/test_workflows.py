@@ -260,6 +260,16 @@ def test_a_split_run_with_a_broken_part_is_red(repository):
     assert job.outputs["action"]["verdict"] == "none"
 
 
+def committed(repository, *paths: str) -> str:
+    """A commit of these files, in the repository that the workspace becomes."""
+    who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    for words in (("init",), ("add", *paths), (*who, "commit", "--allow-empty", "-m", "base")):
+        command = ["git", *words]
+        subprocess.run(command, cwd=repository.workspace, check=True, capture_output=True)
+    head = ["git", "rev-parse", "HEAD"]
+    return subprocess.check_output(head, cwd=repository.workspace, text=True).strip()
+
+
 def on_gpu(repository, arguments: str):
     """The job of the workflow for a GPU, with other arguments of pytest and one contract."""
     text = (TEMPLATES / "conformance-gpu.yml").read_text()
@@ -271,18 +281,20 @@ def on_gpu(repository, arguments: str):
 
 def test_the_workflow_of_a_gpu_is_red_where_there_is_none_and_compares_with_the_base(repository):
     repository.variables["CUDA_VISIBLE_DEVICES"] = ""
+    repository.base = committed(repository, "conformance_adapter.py")
     job = on_gpu(repository, "-m gpu -k attention.full -n 0")
     assert (job.conclusion, job.status) == ("failure", 6), job.log
     assert "no CUDA device" in job.summary
     parser = argparse.ArgumentParser()
     add_options(parser)
     options = parser.parse_args(repository.logged("gate").splitlines())
-    assert (options.base, options.head) == ("base-sha", ".")
+    assert (options.base, options.head) == (repository.base, ".")
     assert (options.impl, str(options.output)) == ("conformance_adapter", "conformance-gate")
 
 
 def test_the_gate_of_times_decides_too(repository):
     repository.variables["GATE_STATUS"] = "1"
+    repository.base = committed(repository, "conformance_adapter.py")
     folder = repository.workspace / "conformance-gate"
     folder.mkdir()
     (folder / "summary.md").write_text("## Gate: REGRESSED\n")
@@ -290,6 +302,15 @@ def test_the_gate_of_times_decides_too(repository):
     assert (job.conclusion, job.status) == ("failure", 1), job.log
     assert job.summary.endswith("## Gate: REGRESSED\n")
     assert (repository.artifacts / "conformance-gate/summary.md").is_file()
+
+
+def test_a_base_without_an_adapter_is_nothing_to_compare_with(repository):
+    repository.variables["GATE_STATUS"] = "4"
+    repository.base = committed(repository)
+    job = on_gpu(repository, "--smoke")
+    assert job.conclusion == "success", job.log
+    assert job.summary.endswith("Times are not compared: the base has no adapter.\n")
+    assert not repository.logged("gate")
 
 
 def test_strangers_do_not_get_a_runner_of_the_repository(repository):

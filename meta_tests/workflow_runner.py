@@ -134,6 +134,8 @@ class Repository:
     workspace: Path
     beside: Path
     event: str = "pull_request"
+    base: str = "base-sha"
+    """The commit that a pull request is to be merged into."""
     variables: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -167,7 +169,7 @@ class Repository:
 
     def github(self) -> dict[str, Any]:
         """The context ``github``."""
-        pull = {"number": 7, "base": {"sha": "base-sha"}, "head": {"repo": {"full_name": "a/b"}}}
+        pull = {"number": 7, "base": {"sha": self.base}, "head": {"repo": {"full_name": "a/b"}}}
         return {
             "token": "a-token",
             "ref": "refs/pull/7/merge",
