@@ -28,6 +28,7 @@ _pool = ThreadPoolExecutor(max_workers=2)
 _runs: dict[object, Future] = {}
 _site: list[tempfile.TemporaryDirectory] = []
 _mine = threading.local()
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,18 @@ class Run:
 
 def site() -> Path:
     """A folder for PYTHONPATH that makes the checkout look installed, entry point and all."""
-    if not _site:
-        _site.append(tempfile.TemporaryDirectory())
-        info = Path(_site[0].name) / "model_conformance-0.0.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            "Metadata-Version: 2.1\nName: model-conformance\nVersion: 0\n"
-        )
-        (info / "entry_points.txt").write_text(
-            "[pytest11]\nconformance.plugin = conformance.plugin\n"
-        )
+    with _one_at_a_time:  # runs are begun two at a time
+        if not _site:
+            made = tempfile.TemporaryDirectory()
+            info = Path(made.name) / "model_conformance-0.0.0.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(
+                "Metadata-Version: 2.1\nName: model-conformance\nVersion: 0\n"
+            )
+            (info / "entry_points.txt").write_text(
+                "[pytest11]\nconformance.plugin = conformance.plugin\n"
+            )
+            _site.append(made)
     return Path(_site[0].name)
 
 

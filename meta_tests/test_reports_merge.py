@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from command_line import ROOT, pytest_run
+from command_line import ROOT, pytest_run, start
 from made_reports import CORE, EXTENDED, SUITE, ended, header_of, report_of, saved, three
 
 from conformance.__main__ import main
@@ -28,10 +28,6 @@ SLUGS = (
 FILES = [str(ROOT / "conformance" / f"test_{name}.py") for name in ("attention", "rotary")]
 
 
-def selected(slugs):
-    return " or ".join(slugs)
-
-
 def without_times(line):
     diagnosis = line.get("diagnosis")
     timeless = {**diagnosis, "seconds": 0} if diagnosis else diagnosis
@@ -39,7 +35,7 @@ def without_times(line):
 
 
 def test_four_parts_of_a_run_merge_to_the_report_of_the_whole_run(tmp_path):
-    def run(slugs, name, *arguments, files=FILES):
+    def run(slugs, name, files=FILES):
         folder = tmp_path / name
         folder.mkdir()
         return pytest_run(
@@ -49,18 +45,18 @@ def test_four_parts_of_a_run_merge_to_the_report_of_the_whole_run(tmp_path):
             "--impl=known-bug:attn-gqa-tile-not-interleave",
             "--hypothesis-profile=smoke",
             "--conformance-report=out",
-            *("-k", selected(slugs)),
-            *arguments,
+            *("-k", " or ".join(slugs)),
         )
 
-    whole = run(SLUGS, "whole")
-    assert whole.status == 1, whole.text
-    parts = [
-        run(SLUGS[0::4], "one"),
-        run(SLUGS[1::4], "two", "-n2"),
-        run(SLUGS[2::4], "three", files=FILES[::-1]),
-        run(SLUGS[3::4], "four"),
+    begun = [
+        start(("merged", tmp_path, 0), lambda: run(SLUGS, "whole")),
+        start(("merged", tmp_path, 1), lambda: run(SLUGS[0::4], "one")),
+        start(("merged", tmp_path, 2), lambda: run(SLUGS[1::4], "two")),
+        start(("merged", tmp_path, 3), lambda: run(SLUGS[2::4], "three", files=FILES[::-1])),
+        start(("merged", tmp_path, 4), lambda: run(SLUGS[3::4], "four")),
     ]
+    whole, *parts = (found.result() for found in begun)
+    assert whole.status == 1, whole.text
     folders = [str(part.folder / "out") for part in reversed(parts)]
     assert main(["merge", *folders, "--output", str(tmp_path / "merged"), "--partial"]) == 1
     expected, merged = whole.report(), read_report(tmp_path / "merged")
