@@ -101,7 +101,7 @@ MOST_LINES = {
     "weight_loader": 32,
     "causal_lm": 32,
     "flat_layout": 30,
-    "flat_shards": 36,
+    "flat_shards": 42,
     "moe_router": 15,
     "experts": 20,
     "moe_block": 20,

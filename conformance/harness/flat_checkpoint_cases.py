@@ -14,7 +14,6 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.harness.calls import Call
 from conformance.harness.flat_cases import FROZEN, SGD, FlatCase
 from conformance.harness.qwen2_cases import as_strategy
 
@@ -53,23 +52,6 @@ class CheckpointCase(FlatCase):
         """Coincidences under which some wrong implementations give the right answer."""
         equal = super().confusable() - {"one rank"}
         return equal | ({"one rank"} if self.saved_on == self.loaded_on == 1 else set())
-
-    def call(self, *edits: str, **options: str) -> CheckpointCall:
-        """See :meth:`FlatCase.call`."""
-        made = super().call(*edits, **options)
-        return CheckpointCall(**{field.name: getattr(made, field.name) for field in fields(made)})
-
-
-@dataclass(frozen=True)
-class CheckpointCall(Call):
-    """The call that makes a model, and what ranks then did with it."""
-
-    told: tuple[str, ...] = ()
-
-    @property
-    def preamble(self) -> tuple[str, ...]:
-        """What is to be done with the model, and on how many ranks of torchrun."""
-        return tuple(f"# {line}" for line in self.told)
 
 
 def checkpoint_cases(

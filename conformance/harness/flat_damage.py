@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from conformance.harness.calls import Call
 from conformance.harness.failures import ConformanceFailure, Inconclusive, NotRun, failing_at
-from conformance.harness.flat_checkpoint_cases import CheckpointCall, CheckpointCase
+from conformance.harness.flat_checkpoint_cases import CheckpointCase
 from conformance.harness.flat_checks import assert_parameters
 from conformance.harness.flat_folders import done_once, files_of, folder
 from conformance.harness.flat_stories import OTHER_VALUES, Attempt, Session, Story
@@ -279,8 +279,8 @@ def assert_said(story: Story, attempts: list[Attempt], names: tuple[str, ...], w
 class OtherModel:
     """A model that does not fit a checkpoint, and what an error names."""
 
-    saved: CheckpointCall
-    loading: CheckpointCall
+    saved: Call
+    loading: Call
     names: tuple[str, ...]
     what: str
 

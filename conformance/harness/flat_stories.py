@@ -6,9 +6,9 @@ Ranks save in one call and load in another; each has its own rows of a batch.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from conformance.harness.calls import Call
+from conformance.harness.calls import Call, Course, course
 from conformance.harness.failures import ConformanceFailure, Declined, TimedOut, failing_at
-from conformance.harness.flat_checkpoint_cases import CheckpointCase
+from conformance.harness.flat_checkpoint_cases import ROWS, CheckpointCase
 from conformance.harness.flat_folders import files_of
 from conformance.harness.flat_oracle import MAX_NORM
 from conformance.harness.flat_programs import load_optimizers
@@ -250,17 +250,17 @@ class Story:
         self.subject, self.case = flat_shards, case
         self.base = self.call = case.call(*edits, **options)
         self.other = case.call(*edits, OTHER_VALUES, **options)
+        self.told: list[tuple[int, Call, tuple[str, ...]]] = []
+        """How many ranks did what with a model that a call makes."""
 
     def on(self, ranks: int, *steps: tuple[Any, ...], of: Call | None = None) -> list[Any]:
         """Do the steps on so many ranks, with a new model, and give what each rank gives.
 
         A single thing that is given is not put in a list. ``of`` is a call that makes another model.
         """
-        words = ", ".join(map(told, steps))
-        model = "" if of is None else "of other parameters: "
-        line = f"on {ranks} {'rank' if ranks == 1 else 'ranks'}: {model}{words}"
-        self.call = replace(self.call, told=(*self.call.told, line))
         made = of or self.base
+        self.told.append((ranks, made, tuple(map(told, steps))))
+        self.call = written(self.told)
         [modules], options = made.values()
         batches = [made.named(name)[0] for name in ("inputs", "upstream")]
         load_optimizers()
@@ -278,9 +278,92 @@ OTHER_VALUES = "for p in parameters.values(): p.data = 1.25 * p.data + 0.125"
 """A line after which a model has other parameters: what is loaded must not have been there before."""
 
 
+# As lines
+
+PROGRAM = """\
+import copy, pathlib, tempfile, torch.distributed as dist, torch.multiprocessing as mp
+folder = pathlib.Path(tempfile.mkdtemp())
+def started(rank, ranks, act, place):
+    if ranks > 1: dist.init_process_group('gloo', f'file://{place}/meet', None, ranks, rank)
+    out, own, seen = model(), slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks), []
+    def backward(n, factor=1.0):
+        loss = (out.forward(inputs[0][n][own]).float() * upstream[0][n][own]).sum()
+        out.backward(loss * factor * ranks, last=True)
+ATTEMPT
+    exec(act, globals(), locals())
+    torch.save(seen, f'{place}/{rank}')
+def on(ranks, act):
+    place = tempfile.mkdtemp()
+    mp.start_processes(started, (ranks, act, place), ranks, start_method='fork')
+    return [torch.load(f'{place}/{rank}') for rank in range(ranks)]
+"""
+"""What does something on so many ranks, forked, and gives what each of them has seen.
+
+It is long because one group of processes saves a checkpoint, and another one loads it.
+"""
+ATTEMPT = """\
+    def attempt(path):
+        try: out.load(path)
+        except BaseException as error: return f'{type(error).__name__}: {error}'"""
+
+PARAMETERS = "seen.append({n: p.detach().clone() for n, p in out.full_parameters().items()})"
+ACTS = {
+    "make": "out = model()",
+    "backward": "backward({})",
+    "step": "out.step()",
+    "train": "backward({}); out.step()",
+    "train_clipped": "backward({}); "
+    f"hasattr(out, 'clip_gradients') and out.clip_gradients({MAX_NORM}); out.step()",
+    "coast": "backward({}, 0.0); out.step()",
+    "outputs": "seen.append(out.forward(inputs[0][{}][own]).detach().clone())",
+    "parameters": PARAMETERS,
+    "set_parameters": "out.load_parameters({})",
+    "save": "out.save({})",
+    "load": "out.load({})",
+    "try_load": "attempt({})",
+    "attempt": "seen.append(attempt({}))",
+    "invalidate": "hasattr(out, 'invalidate') and out.invalidate()",
+    "spoil": "ranks > 1 and dist.barrier(); "
+    "rank or [p.write_bytes(bytes(9)) for p in (folder / {}).rglob('*') if p.is_file()]; "
+    "ranks > 1 and dist.barrier()",
+}
+"""The steps of a story as Python, on a rank; of arguments the first is named."""
+
+
 def told(step: tuple[Any, ...]) -> str:
-    """A step in words."""
+    """A step as Python."""
     name, *arguments = step
-    shown = [a.name if isinstance(a, Path) else str(a) for a in arguments]
-    shown = [text if len(text) < 30 else "…" for text in shown]
-    return f"{name}({', '.join(shown)})"
+    first = as_source(arguments[0]) if arguments else ""
+    return ACTS[name].replace("{}", first) if name in ACTS else f"pass  # {name}"
+
+
+def as_source(value: Any) -> str:
+    """An argument of a step: a number, a place, or other values of the parameters."""
+    if isinstance(value, Path):
+        parts = value.parts
+        root = max(i for i, part in enumerate(parts) if part.startswith("conformance-checkpoints-"))
+        return f"str(folder / {'/'.join(parts[root + 1 :])!r})"
+    if isinstance(value, Mapping):
+        return "{n: (p.detach() + 0.25) * 1.7 for n, p in parameters.items()}"
+    return repr(value)
+
+
+def written(story: list[tuple[int, Call, tuple[str, ...]]]) -> Course:
+    """A story as lines: the last of them leaves in ``out`` what the ranks have seen, in turn."""
+    first = story[0][1]
+    attempted = any("attempt(" in act for _, _, acts in story for act in acts)
+    program = PROGRAM.replace("ATTEMPT\n", f"{ATTEMPT}\n" if attempted else "")
+    lines: list[str] = program.replace("ROWS", str(ROWS)).splitlines()
+    known, model = first.lines, ""
+    for number, (ranks, made, acts) in enumerate(story):
+        further = made.lines[: len(known)] == known
+        lines += made.lines[len(known) :] if further else made.lines
+        known = made.lines
+        options = "".join(f", {name}={source}" for name, source in made.options)
+        maker = f"model = lambda: flat_shards(copy.deepcopy(modules){options})"
+        lines += [maker] if maker != model else []
+        model = maker
+        act = f"on({ranks}, {'; '.join(acts)!r})"
+        if number < len(story) - 1:
+            lines.append(f"print({act})" if "seen" in act else act)
+    return course(first, *lines, result=act)

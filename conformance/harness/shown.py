@@ -240,6 +240,12 @@ def shown_by_kind(failure: ConformanceFailure) -> tuple[tuple[str, ...], str]:
     reached = re.fullmatch(r"no gradient reaches (\w+)", failure.summary)
     if reached and isinstance(failure.call.namespace().get(reached[1]), Tensor):
         return (f"{reached[1]}.requires_grad_()",), no_gradient(reached[1])
+    of_rank = re.fullmatch(
+        r"print\(out, '(expected ([\w.]+) of rank (\d+)(\[[\d, ]*\]): .*)'\)", failure.shown_by
+    )
+    if of_rank:  # `out` has, for each rank, what it has seen
+        said, name, rank, at = of_rank.groups()
+        return (), f"print(out[{rank}][-1][{name!r}]{at}.item(), {said!r})"
     if failure.shown_by != PLAIN:
         return (), failure.shown_by
     if failure.kind in ("changed input", "aliased output"):
