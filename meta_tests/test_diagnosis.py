@@ -10,6 +10,8 @@ import pytest
 import torch
 from command_line import ONE, ROOT, environment
 from elsewhere import ELSEWHERE
+from mutants import MUTANTS
+from test_near_misses import NEAR
 
 from conformance.diagnosis import record, search, wording
 from conformance.diagnosis.agreement import texts_agree
@@ -98,6 +100,26 @@ def test_a_fault_that_nobody_documented_is_described_and_not_named():
     text = str(failure)
     assert "looks like" not in text
     assert f"seen        {found.seen[0]}."[:60] in text
+
+
+@pytest.mark.parametrize(
+    ("name", "same_as"),
+    [
+        ("SinksNotInLse", "attn-sink-ignored"),
+        ("LseWithoutBias", "attn-float-mask-cast-to-bool"),
+        ("FalsyScaleIsDefault", "attn-scale-wrong-divisor"),
+        ("EmptyCacheIsNaN", "attn-fully-masked-row-nan"),
+        ("TruncateOfLayersIgnored", "rope-yarn-attention-factor-ignored.truncate"),
+    ],
+)
+def test_a_bug_is_not_named_where_the_rule_that_it_breaks_is_kept(name, same_as):
+    """All cases of one requirement are equal to what the bug gives, and the cause is another."""
+    broken = (NEAR | MUTANTS)[name]
+    _, found = failed(broken.breaks, getattr(broken.make(), broken.contract))
+    assert found.named == ()
+    rule = BUGS[same_as].breaks
+    assert found.seen[0].startswith(f"the same as {same_as} gives on "), found
+    assert found.seen[0].endswith(f"but that fails {rule}, and this does not"), found
 
 
 def test_two_bugs_that_do_the_same_are_both_named():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from conformance.diagnosis.agreement import agree
 from conformance.diagnosis.candidates import Candidate, candidates, caught_by, pairs
-from conformance.diagnosis.observation import FAILED, SILENT, Observation, observe
+from conformance.diagnosis.observation import FAILED, PASSED, SILENT, Observation, observe
 from conformance.diagnosis.signatures import signatures
 from conformance.harness.deadline import deadline
 from conformance.harness.failures import ConformanceFailure, TimedOut
@@ -32,6 +32,9 @@ NO_TIME = "the time for known bugs was used by other failures of the contract"
 
 MOST_NAMED = 3
 """So many bugs that cannot be told apart are named; more of them are no diagnosis."""
+
+CONFIRMING_REQUIREMENTS = 4
+"""Requirements that a bug fails, of which the implementation must not pass a case either."""
 
 TELLING_REQUIREMENTS = 6
 """Other requirements that are looked at to tell bugs apart that fit alike."""
@@ -110,7 +113,7 @@ def diagnose(
             search.cut = True
     memory.explained_by[:] = search.named or memory.explained_by
     named = tuple(search.named) if len(search.named) <= MOST_NAMED else ()
-    seen = () if named else search.crowd() + signatures(search.largest_failure() or failure)
+    seen = () if named else search.hints() + signatures(search.largest_failure() or failure)
     return Diagnosis(
         named=named,
         seen=seen,
@@ -139,6 +142,8 @@ class Search:
         self.requirement, self.subject, self.clock = requirement, subject, clock
         self.own: list[tuple[Requirement, Drawn, Observation]] = []
         self.named: list[Candidate] = []
+        self.refuted: list[str] = []
+        """Sentences on bugs that fit here, and which the implementation cannot have."""
         self.agreed = 0
         self.tried = self.all = 0
         self.cut = False
@@ -154,10 +159,12 @@ class Search:
         singles = candidates(self.requirement)
         self.all = len(singles)
         self._keep_fitting(singles, count=True)
+        self._refute()
         if len(self.named) > 1:
             self._tell_apart()
-        if not self.named:
+        if not self.named and not self.refuted:
             self._keep_fitting(pairs(self._in_part(singles)), most=1)
+            self._refute()
 
     def _observe_own(self, failing: list[Drawn]) -> None:
         """What the implementation does on the failing cases and those that the gate draws."""
@@ -207,6 +214,35 @@ class Search:
                     break
         return [*some, *(each for each in singles if each not in some)]
 
+    def _refute(self) -> None:
+        """Drop bugs that fail a case of another requirement which the implementation passes."""
+        for candidate in list(self.named):
+            slug = self._passes_what_fails(candidate)
+            if slug is not None:
+                self.named.remove(candidate)
+                names = " with ".join(candidate.ids)
+                self.refuted.append(
+                    f"the same as {names} gives on {self.agreed} cases, but that fails {slug}, "
+                    "and this does not"
+                )
+
+    def _passes_what_fails(self, candidate: Candidate) -> str | None:
+        subject = candidate.subject(self.subject.device)
+        slugs = [slug for bug in candidate.bugs for slug in (bug.breaks, *caught_by(bug.id))]
+        others = [slug for slug in dict.fromkeys(slugs) if slug != self.requirement.slug]
+        for slug in others[:CONFIRMING_REQUIREMENTS]:
+            requirement = all_requirements()[slug]
+            for case in () if requirement.gpu else requirement.drawn_cases(self.subject):
+                if self._over():
+                    return None
+                mine = observe(requirement, self.subject, case)
+                if mine.ended == FAILED:
+                    break
+                theirs = observe(requirement, subject, case, mine)
+                if (mine.ended, theirs.ended) == (PASSED, FAILED):
+                    return slug
+        return None
+
     def _tell_apart(self) -> None:
         """Of bugs that fit alike keep those that fit on requirements, too, that some of them pass."""
         for slug in _dividing(self.named)[:TELLING_REQUIREMENTS]:
@@ -236,10 +272,10 @@ class Search:
         with_output = [f for f in failures if f.compared is not None]
         return max(with_output, key=lambda f: f.compared.found.numel(), default=None)
 
-    def crowd(self) -> tuple[str, ...]:
-        """That more bugs fit than could be called a diagnosis."""
+    def hints(self) -> tuple[str, ...]:
+        """Known bugs that do the same here, and are no diagnosis."""
         if len(self.named) <= MOST_NAMED:
-            return ()
+            return tuple(self.refuted[:MOST_NAMED])
         some = ", ".join(candidate.ids[0] for candidate in self.named[:MOST_NAMED])
         return (f"{len(self.named)} known bugs do the same here, {some} among them",)
 
