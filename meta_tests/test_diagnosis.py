@@ -160,6 +160,18 @@ def test_without_time_nothing_is_guessed():
     assert found.seen, "what can be seen costs nothing"
 
 
+def test_a_search_that_breaks_does_not_lose_the_failure(monkeypatch):
+    def broken(requirement):
+        raise RuntimeError("no candidates today")
+
+    monkeypatch.setattr(search, "candidates", broken)
+    one = ELSEWHERE["heads_are_tiled"]
+    _, found = failed(one.requirement, one.method)
+    assert found.named == ()
+    assert found.note == "the search ended with RuntimeError: no candidates today"
+    assert found.seen
+
+
 def test_all_failures_of_a_contract_share_its_time():
     one = ELSEWHERE["heads_are_tiled"]
     failed(one.requirement, one.method, seconds=LONG)

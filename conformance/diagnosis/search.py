@@ -14,7 +14,7 @@ from conformance.diagnosis.signatures import signatures
 from conformance.harness.deadline import deadline
 from conformance.harness.failures import ConformanceFailure, TimedOut
 from conformance.harness.requirement import Drawn, Requirement, all_requirements
-from conformance.harness.subject import Subject
+from conformance.harness.subject import Subject, first_line
 
 SECONDS = 10.0
 """Time for all failures of a contract, in all processes of a run together."""
@@ -111,6 +111,8 @@ def diagnose(
                 search.run(failing, memory.explained_by)
         except TimedOut:
             search.cut = True
+        except Exception as error:  # the failure has to be reported, whatever the search met
+            search.broke = f"the search ended with {type(error).__name__}: {first_line(error)}"
     memory.explained_by[:] = search.named or memory.explained_by
     named = tuple(search.named) if len(search.named) <= MOST_NAMED else ()
     seen = () if named else search.hints() + signatures(search.largest_failure() or failure)
@@ -147,6 +149,7 @@ class Search:
         self.agreed = 0
         self.tried = self.all = 0
         self.cut = False
+        self.broke: str | None = None
 
     def run(self, failing: list[Drawn], likely: list[Candidate]) -> None:
         """Name the bugs that do what the implementation does."""
@@ -280,9 +283,9 @@ class Search:
         return (f"{len(self.named)} known bugs do the same here, {some} among them",)
 
     def note(self) -> str | None:
-        """That the search was not finished."""
-        if not self.cut:
-            return None
+        """Why the search was not finished, if it was not."""
+        if self.broke or not self.cut:
+            return self.broke
         tried = f"{self.tried} of {self.all} known bugs" if self.all else "no known bug"
         return f"time was over with {tried} tried"
 
