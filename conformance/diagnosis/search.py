@@ -112,7 +112,8 @@ def diagnose(
         except TimedOut:
             search.cut = True
         except Exception as error:  # the failure has to be reported, whatever the search met
-            search.broke = f"the search ended with {type(error).__name__}: {first_line(error)}"
+            if not search.over():  # where time ended while cases were drawn, Hypothesis is confused
+                search.broke = f"the search ended with {type(error).__name__}: {first_line(error)}"
     memory.explained_by[:] = search.named or memory.explained_by
     named = tuple(search.named) if len(search.named) <= MOST_NAMED else ()
     seen = () if named else search.hints() + signatures(search.largest_failure() or failure)
@@ -185,7 +186,7 @@ class Search:
     ) -> None:
         """Name those that agree wherever they say something, on the smallest failing case at least."""
         for candidate in tried:
-            if self._over() or len(self.named) == most:
+            if self.over() or len(self.named) == most:
                 return
             agreed = self._agrees(candidate)
             self.tried += count
@@ -198,7 +199,7 @@ class Search:
         subject = candidate.subject(self.subject.device)
         agreed = 0
         for requirement, case, mine in self.own if subject is not None else ():
-            same = not self._over() and agree(mine, observe(requirement, subject, case, mine))
+            same = not self.over() and agree(mine, observe(requirement, subject, case, mine))
             if same is False or (same is None and not agreed):
                 return 0
             agreed += same is True
@@ -210,7 +211,7 @@ class Search:
         for candidate in singles:
             subject = candidate.subject(self.subject.device)
             for requirement, case, mine in self.own if subject is not None else ():
-                if self._over():
+                if self.over():
                     return some
                 if mine.ended == FAILED and agree(mine, observe(requirement, subject, case, mine)):
                     some.append(candidate)
@@ -236,7 +237,7 @@ class Search:
         for slug in others[:CONFIRMING_REQUIREMENTS]:
             requirement = all_requirements()[slug]
             for case in () if requirement.gpu else requirement.drawn_cases(self.subject):
-                if self._over():
+                if self.over():
                     return None
                 mine = observe(requirement, self.subject, case)
                 if mine.ended == FAILED:
@@ -254,7 +255,7 @@ class Search:
             subjects = [candidate.subject(self.subject.device) for candidate in fitting]
             votes = [0] * len(fitting)
             for case in _distinct(requirement.drawn_cases(self.subject)):
-                if self._over():
+                if self.over():
                     return
                 mine = observe(requirement, self.subject, case)
                 for index, subject in enumerate(subjects):
@@ -264,7 +265,8 @@ class Search:
             if len(self.named) == 1:
                 return
 
-    def _over(self) -> bool:
+    def over(self) -> bool:
+        """Whether the time is over; then the search is cut."""
         if self.clock.remaining <= 0:
             self.cut = True
         return self.cut
