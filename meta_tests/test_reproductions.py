@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from conformance.harness.likelihood_lines import stand_alone
+from conformance.harness.likelihood_model import tiny_lm
 from conformance.known_bugs import all_known_bugs
 
 PLANTED = {
@@ -58,6 +61,11 @@ PLANTED = {
     "flat-module-order.decay-only": "wrong position",
     "flat-reshard-other-pad": "wrong elements",
     "flat-momentum-not-saved": "wrong values",
+    "eval-continuation-slice-offset": "wrong values",
+    "eval-batch-padding-changes-scores.last-columns": "wrong values",
+    "eval-left-in-evaluation-mode": "mode not restored",
+    "eval-gradients-recorded": "gradients",
+    "eval-id-clamped": "accepted bad input",
     "mix-group-mask-zero": "wrong experts",
     "moe-aux-loss-constant-or-mis-scaled": "wrong values",
     "experts-sentinel-off-by-one.negative": "accepted",
@@ -102,6 +110,7 @@ MOST_LINES = {
     "causal_lm": 32,
     "flat_layout": 30,
     "flat_shards": 42,
+    "loglikelihood": 45,
     "moe_router": 15,
     "experts": 20,
     "moe_block": 20,
@@ -159,3 +168,29 @@ def test_every_contract_that_one_rank_can_break_has_a_failure_here():
     """And each is of a bug that is planted."""
     contracts = {all_known_bugs()[id].contract for id in PLANTED}
     assert contracts == set(MOST_LINES)
+
+
+@pytest.mark.parametrize("kind", ["states", "attention"])
+def test_the_model_that_is_written_out_is_the_one_that_was_scored(kind):
+    """The same bits, the same notes, and the same exceptions."""
+    namespace = {"torch": torch}
+    exec("\n".join(stand_alone(kind)), namespace)
+    given = {"seed": 3, "vocab": 13, "positions": 9, "dtype": torch.bfloat16}
+    models = [tiny_lm(kind, **given), namespace["tiny_lm"](kind, **given)]
+    ids = torch.randint(13, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for arguments in ((ids,), (ids, mask), (ids, mask, mask.cumsum(1))):
+        one, other = (model(*arguments).logits for model in models)
+        assert torch.equal(one, other)
+    assert [vars(seen) for seen in models[0].seen] == [vars(seen) for seen in models[1].seen]
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+    assert vars(models[0].config) == vars(models[1].config)
+    for wrong in (ids + 13, ids - 13, torch.zeros(1, 10, dtype=torch.int64)):
+        for model in models:
+            with pytest.raises(IndexError, match="index out of range"):
+                model(wrong)
+    for model in models:
+        model.fails_at = len(model.seen)
+        with pytest.raises(RuntimeError, match="the model ran out of memory"):
+            model(ids)

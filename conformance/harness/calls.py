@@ -39,6 +39,11 @@ class Call:
             "rank = dist.get_rank()",
         )
 
+    @property
+    def printed(self) -> tuple[str, ...]:
+        """The lines as a reproduction has them, which needs nothing of this package."""
+        return self.lines
+
     def then(self, *lines: str, **options: str) -> Call:
         """The same call after further lines, with options (as source text) added or replaced."""
         merged = {**dict(self.options), **options}

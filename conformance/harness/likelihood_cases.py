@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from conformance.harness.calls import Call, shown_case
+from conformance.harness.likelihood_lines import stand_alone
 from conformance.harness.qwen2_cases import as_strategy
 
 Ids = tuple[int, ...]
@@ -33,6 +34,18 @@ MODES = {
     "evaluation but for dropout": ("model.dropout.train()",),
 }
 """The modes of the model and its only part, and the lines that set them."""
+
+
+@dataclass(frozen=True)
+class LikelihoodCall(Call):
+    """A call whose model comes from this package, and is written out where it is printed."""
+
+    @property
+    def printed(self) -> tuple[str, ...]:
+        """The lines, with the model's own in the place of its import."""
+        model = stand_alone(self.case.kind)
+        own = (model if line == MAKER else (line,) for line in self.lines)
+        return tuple(line for lines in own for line in lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +109,7 @@ class LikelihoodCase:
         given = ", ".join(f"{name}={value}" for name, value in model.items())
         own = {name: getattr(self, name) for name in ORDINARY}
         chosen = {name: repr(x) for name, x in own.items() if x != ORDINARY[name]}
-        return Call(
+        return LikelihoodCall(
             "loglikelihood",
             (
                 MAKER,

@@ -41,5 +41,5 @@ def reproduction(failure: ConformanceFailure) -> list[str]:
     call = failure.call
     result = "out, lse" if dict(call.options).get("return_lse") == "True" else "out"
     before, shown_by = shown_by_kind(failure)
-    made = [*call.preamble, *failure.import_lines, *call.lines, *before]
+    made = [*call.preamble, *failure.import_lines, *call.printed, *before]
     return "\n".join(["import torch", *made, f"{result} = {call.source()}", shown_by]).splitlines()
