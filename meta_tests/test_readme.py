@@ -140,7 +140,7 @@ def test_a_sharded_model_runs_as_written(tmp_path, installed):
     mean = "p.grad /= dist.get_world_size()"
     sharding.write_text(sharding.read_text().replace(mean, "pass"))
     rule = "flat_shards.gradient.mean"
-    result = run(f"{command.strip()}.gradient", tmp_path, installed)
+    result = run(f"{command.strip()}.gradient.mean", tmp_path, installed)
     assert result.returncode == 1, result.stdout
     assert rule in result.stdout
 
