@@ -301,9 +301,10 @@ class Runner:
         from conformance.diagnosis import search, wording
 
         workers = getattr(self.config, "workerinput", {}).get("workercount", 1)
-        failure.diagnosis = search.diagnose(
-            found, subject, failure, failing, seconds=search.SECONDS / workers
-        )
+        with quiet():  # what the implementation prints is not captured any more
+            failure.diagnosis = search.diagnose(
+                found, subject, failure, failing, seconds=search.SECONDS / workers
+            )
         return wording.as_data(failure.diagnosis)
 
     def _settle(self, found: Requirement, entry: ledger.Entry, record: dict[str, Any]) -> None:
