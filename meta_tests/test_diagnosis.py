@@ -152,6 +152,24 @@ def test_later_failures_of_a_contract_try_what_explained_the_earlier_ones():
     assert named(second)[0] == named(first)[0]
 
 
+def test_an_answer_that_others_may_fit_says_so_when_it_is_used_again(monkeypatch):
+    """The search that found it was cut; for the next failure nothing else is tried."""
+    one = ELSEWHERE["heads_are_tiled"]
+    whole = search.candidates(all_requirements()[one.requirement])
+
+    def cut_after_the_first(self, tried, **options):
+        keep(self, tried, **options)
+        self.cut = self.cut or self.all > 0
+
+    keep = search.Search._keep_fitting
+    monkeypatch.setattr(search.Search, "_keep_fitting", cut_after_the_first)
+    _, first = failed(one.requirement, one.method)
+    assert first.note == f"time was over with {len(whole)} of {len(whole)} known bugs tried"
+    _, second = failed("attention.gqa.query-head-reads-its-group", one.method)
+    assert named(second)[0] == named(first)[0]
+    assert second.note == first.note
+
+
 def test_without_time_nothing_is_guessed():
     one = ELSEWHERE["heads_are_tiled"]
     _, found = failed(one.requirement, one.method, seconds=0.0)

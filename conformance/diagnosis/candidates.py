@@ -43,40 +43,31 @@ class Candidate:
 
 def candidates(requirement: Requirement) -> list[Candidate]:
     """Every planted bug of the contract: those that break this rule, those it caught, the others."""
-    matrix = _kill_matrix()
 
     def distance(bug: PlantedBug) -> int:
         if bug.breaks == requirement.slug:
             return 0
-        return 1 if requirement.slug in caught_by(bug.id, matrix) else 2
+        return 1 if requirement.slug in caught_by(bug.id) else 2
 
     own = [bug for bug in all_known_bugs().values() if bug.contract == requirement.contract]
     return [Candidate((bug,)) for bug in sorted(own, key=distance)]
 
 
 def pairs(singles: list[Candidate]) -> Iterator[Candidate]:
-    """Two bugs in one implementation, in the order of ``singles``, early ones with each other first."""
-    ordered = sorted(permutations(range(len(singles)), 2), key=lambda pair: (max(pair), pair))
-    for a, b in ordered:
+    """Two bugs in one implementation, in the order of ``singles``, early ones with each other first.
+
+    Both ways round: which of the two classes comes first decides whose part is asked first.
+    """
+    for a, b in sorted(permutations(range(len(singles)), 2), key=lambda pair: (max(pair), pair)):
         (one,), (other,) = singles[a].bugs, singles[b].bugs
-        if _replaces_whole(one, other) or not all(isinstance(x.make, type) for x in (one, other)):
-            continue
-        yield Candidate((one, other))
+        # Where one class is a base of the other, the pair is the one bug again.
+        if not (issubclass(one.make, other.make) or issubclass(other.make, one.make)):
+            yield Candidate((one, other))
 
 
-def _replaces_whole(one: PlantedBug, other: PlantedBug) -> bool:
-    # The second class would be a base of the first, or the other way round: Python refuses it, or
-    # it is the one bug again.
-    makes = (one.make, other.make)
-    return all(isinstance(m, type) for m in makes) and (
-        issubclass(*makes) or issubclass(*reversed(makes))
-    )
-
-
-def caught_by(id: str, matrix: dict[str, dict[str, Any]] | None = None) -> tuple[str, ...]:
+def caught_by(id: str) -> tuple[str, ...]:
     """Slugs of the requirements that catch a planted bug, as far as it was measured."""
-    matrix = _kill_matrix() if matrix is None else matrix
-    return tuple(matrix.get(id, {}).get("caught_by", ()))
+    return tuple(_kill_matrix().get(id, {}).get("caught_by", ()))
 
 
 @functools.cache

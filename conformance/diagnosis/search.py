@@ -13,6 +13,8 @@ from conformance.diagnosis.observation import FAILED, PASSED, SILENT, Observatio
 from conformance.diagnosis.signatures import signatures
 from conformance.harness.deadline import deadline
 from conformance.harness.failures import ConformanceFailure, TimedOut
+from conformance.harness.gpu_lane import TIMED_OUT
+from conformance.harness.rank_pool import DIED, HUNG, WAITING
 from conformance.harness.requirement import Drawn, Requirement, all_requirements
 from conformance.harness.subject import Subject, first_line
 
@@ -38,6 +40,9 @@ CONFIRMING_REQUIREMENTS = 4
 
 TELLING_REQUIREMENTS = 6
 """Other requirements that are looked at to tell bugs apart that fit alike."""
+
+NOT_REPEATED = (TIMED_OUT, HUNG, WAITING, DIED)
+"""Kinds of failure that a second run of the case would wait for as long again."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class Memory:
 
     clock: Clock
     explained_by: list[Candidate] = field(default_factory=list)
+    note: str | None = None
+    """Why the search that found them was not finished: others may fit where they do."""
 
 
 _memories: dict[str, Memory] = {}
@@ -114,7 +121,9 @@ def diagnose(
         except Exception as error:  # the failure has to be reported, whatever the search met
             if not search.over():  # where time ended while cases were drawn, Hypothesis is confused
                 search.broke = f"the search ended with {type(error).__name__}: {first_line(error)}"
-    memory.explained_by[:] = search.named or memory.explained_by
+    note = search.note() or (memory.note if search.known_before else None)
+    if search.named:
+        memory.explained_by, memory.note = search.named, note
     named = tuple(search.named) if len(search.named) <= MOST_NAMED else ()
     seen = () if named else search.hints() + signatures(search.largest_failure() or failure)
     return Diagnosis(
@@ -122,7 +131,7 @@ def diagnose(
         seen=seen,
         cases=search.agreed if named else 0,
         seconds=round(time.monotonic() - began, 2),
-        note=search.note(),
+        note=note,
     )
 
 
@@ -143,8 +152,11 @@ class Search:
 
     def __init__(self, requirement: Requirement, subject: Subject, clock: Clock) -> None:
         self.requirement, self.subject, self.clock = requirement, subject, clock
-        self.own: list[tuple[Requirement, Drawn, Observation]] = []
+        self.own: list[tuple[Drawn, Observation]] = []
+        """What the implementation does on each case, the smallest failing one first."""
         self.named: list[Candidate] = []
+        self.known_before = False
+        """Whether what is named explained an earlier failure, so that nothing else was tried."""
         self.refuted: list[str] = []
         """Sentences on bugs that fit here, and which the implementation cannot have."""
         self.agreed = 0
@@ -155,10 +167,11 @@ class Search:
     def run(self, failing: list[Drawn], likely: list[Candidate]) -> None:
         """Name the bugs that do what the implementation does."""
         self._observe_own(failing)
-        if not self.own or self.own[0][2].ended != FAILED:
+        if not self.own or self.own[0][1].ended != FAILED:
             return
         self._keep_fitting(likely)
-        if self.named:
+        self.known_before = bool(self.named)
+        if self.known_before:
             return
         singles = candidates(self.requirement)
         self.all = len(singles)
@@ -179,7 +192,7 @@ class Search:
                 return
             seen = observe(self.requirement, self.subject, case)
             if seen.ended != SILENT:
-                self.own.append((self.requirement, case, seen))
+                self.own.append((case, seen))
 
     def _keep_fitting(
         self, tried: Iterable[Candidate], *, count: bool = False, most: int | None = None
@@ -198,8 +211,8 @@ class Search:
         """The number of cases that a bug agrees on; 0 where it does otherwise on one of them."""
         subject = candidate.subject(self.subject.device)
         agreed = 0
-        for requirement, case, mine in self.own if subject is not None else ():
-            same = not self.over() and agree(mine, observe(requirement, subject, case, mine))
+        for case, mine in self.own if subject is not None else ():
+            same = not self.over() and agree(mine, observe(self.requirement, subject, case, mine))
             if same is False or (same is None and not agreed):
                 return 0
             agreed += same is True
@@ -210,10 +223,12 @@ class Search:
         some: list[Candidate] = []
         for candidate in singles:
             subject = candidate.subject(self.subject.device)
-            for requirement, case, mine in self.own if subject is not None else ():
+            for case, mine in self.own if subject is not None else ():
                 if self.over():
                     return some
-                if mine.ended == FAILED and agree(mine, observe(requirement, subject, case, mine)):
+                if mine.ended != FAILED:
+                    continue
+                if agree(mine, observe(self.requirement, subject, case, mine)):
                     some.append(candidate)
                     break
         return [*some, *(each for each in singles if each not in some)]
@@ -273,7 +288,7 @@ class Search:
 
     def largest_failure(self) -> ConformanceFailure | None:
         """The failure with the most compared elements: a small case shows the least."""
-        failures = [seen.failure for _, _, seen in self.own if seen.ended == FAILED]
+        failures = [seen.failure for _, seen in self.own if seen.ended == FAILED]
         with_output = [f for f in failures if f.compared is not None]
         return max(with_output, key=lambda f: f.compared.found.numel(), default=None)
 

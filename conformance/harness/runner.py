@@ -40,9 +40,6 @@ CAPTURED = 4000
 DIAGNOSED = (records.FAIL, records.LEDGER_MISMATCH)
 """Outcomes of which it is asked what the failure is; a known failure is known."""
 
-NOT_REPEATED = ("timed out", "rank hung", "ranks wait for each other", "rank died")
-"""Kinds of failure that a second run of the case would wait for as long again."""
-
 
 class BrokenSuite(RuntimeError):
     """The requirements of the suite cannot be imported."""
@@ -294,12 +291,14 @@ class Runner:
         """What the failure is, in the record's form; its message says it, too."""
         subject = item.funcargs.get(found.contract)
         failing = found.last_tally.failing
-        if subject is None or not failing or found.gpu or not can_be_repeated(failure):
+        if subject is None or not failing or found.gpu or gpu_lane.why_lost(failure):
             return None
         if torchrun.several_ranks():  # it ends by the clock, and each rank has its own
             return None
         from conformance.diagnosis import search, wording
 
+        if failure.kind in search.NOT_REPEATED:
+            return None
         workers = getattr(self.config, "workerinput", {}).get("workercount", 1)
         with quiet():  # what the implementation prints is not captured any more
             failure.diagnosis = search.diagnose(
@@ -318,11 +317,6 @@ class Runner:
         )
         record["ledger"] = entry.as_json()
         record["outcome"], record["reason"] = outcome, records.clean(reason or record["reason"])
-
-
-def can_be_repeated(failure: ConformanceFailure) -> bool:
-    """Whether the failing case can be run again in this process in a short time."""
-    return failure.kind not in NOT_REPEATED and not gpu_lane.why_lost(failure)
 
 
 def plan_or_stop(runner: Runner, session: pytest.Session) -> dict[str, Any] | None:

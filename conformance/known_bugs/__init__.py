@@ -46,8 +46,8 @@ class PlantedBug:
     breaks: str
     """Slug of the requirement whose rule the bug breaks."""
     mechanism: str
-    make: Callable[[], object]
-    """Makes an object that has the contract's method."""
+    make: type
+    """A class whose instances, made without arguments, have the contract's method."""
 
     @property
     def entry(self) -> str:
