@@ -94,6 +94,19 @@ class UnchangedFile:
             raise CheckpointError(str(self.path), f"cannot be read: {error}", key=key) from error
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    The extremes tell it without a temporary; ``isfinite`` makes several of the tensor's size, and the
+    holes that they leave between the weights are counted as the loader's memory.
+    """
+    if not tensor.numel():
+        return True
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch compares no float8
+        tensor = tensor.float()
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 def identity_of(status: os.stat_result) -> tuple[int, ...]:
     """What changes when a file is written to or replaced."""
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

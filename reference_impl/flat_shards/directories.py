@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reference_impl.flat_shards.model import MultiStageModel
 from reference_impl.ranks import agree
-from reference_impl.stored import CheckpointError
+from reference_impl.stored import CheckpointError, all_finite
 
 FORMAT = "flat_shards"
 STATE_FORMAT = "flat_shards_state"
@@ -202,7 +202,7 @@ def check_keys(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]
 
 def check_finite(part: Tensor, path: Path, key: str, name: str) -> Tensor:
     """``part``; raises :class:`CheckpointError` if one of its elements is not finite."""
-    if not bool(part.isfinite().all()):
+    if not all_finite(part):
         number = int((~part.isfinite()).sum())
         problem = f"{number} elements of {name} are not finite"
         raise CheckpointError(str(path), problem, key=key)

@@ -14,6 +14,7 @@ from reference_impl.flat_shards.layout import FlatLayout, buffer_order, check_sa
 from reference_impl.flat_shards.stage import Stage, StageCall, parameter_metas
 from reference_impl.flat_shards.unit import FlatUnit
 from reference_impl.ranks import OneRank, Ranks
+from reference_impl.stored import all_finite
 
 CPU = torch.device("cpu")
 
@@ -244,7 +245,7 @@ class MultiStageModel:
         stored = self._under_stored_names(values)
         check_same_parameters(list(stored), [name for u in units for name in u.layout.names])
         for name, value in stored.items():
-            if not bool(value.isfinite().all()):
+            if not all_finite(value):
                 raise ValueError(f"{name} has values that are not finite")
         parts = [
             (unit, name, unit.parameter_global_to_shard(stored[name], name))

@@ -32,7 +32,13 @@ from reference_impl.gpt.config import (
     state_shapes,
 )
 from reference_impl.gpt.files import open_checkpoint
-from reference_impl.stored import CheckpointError, LazyState, StoredCheckpoint, StoredTensor
+from reference_impl.stored import (
+    CheckpointError,
+    LazyState,
+    StoredCheckpoint,
+    StoredTensor,
+    all_finite,
+)
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 """The path of a checkpoint, or the dictionary itself."""
@@ -288,8 +294,7 @@ class CheckpointReader:
 
     def check_finite(self, tensor: Tensor, key: str, what: str) -> None:
         """Raise unless every value is finite."""
-        # The extremes tell it without a temporary; isfinite makes several of the tensor's size.
-        if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+        if not all_finite(tensor):
             wrong = ~tensor.isfinite()
             first = wrong.nonzero()[0].tolist()
             raise self.error(f"holds {int(wrong.sum())} values {what}, the first at {first}", key)

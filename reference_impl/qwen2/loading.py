@@ -21,7 +21,7 @@ from reference_impl.qwen2.config import Qwen2Config, read_config
 from reference_impl.qwen2.model import Qwen2
 from reference_impl.qwen2.sharding import Shard
 from reference_impl.ranks import OneRank, Ranks, agree
-from reference_impl.stored import CheckpointError
+from reference_impl.stored import CheckpointError, all_finite
 
 
 def load_model(
@@ -144,6 +144,6 @@ def check_tensors(stored: Mapping[str, Weight], config: Qwen2Config, directory: 
 def read(weight: Weight, shard: Shard | None) -> Tensor:
     """A part of a stored tensor, without padding; raises where it is not finite."""
     part = weight.read() if shard is None else weight.read_part(shard.dim, shard.ranges)
-    if not bool(torch.isfinite(part).all()):
+    if not all_finite(part):
         raise CheckpointError(weight.file, "holds values that are not finite", key=weight.key)
     return part

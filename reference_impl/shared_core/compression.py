@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reference_impl.hf_directory import HEAD, read_json
@@ -22,7 +21,7 @@ from reference_impl.shared_core.folders import read_companions, written_folder
 from reference_impl.shared_core.originals import Original
 from reference_impl.shared_core.projections import SUFFIXES, metadata_of, write_projection
 from reference_impl.shared_core.statistics import CompressionStats
-from reference_impl.stored import CheckpointError
+from reference_impl.stored import CheckpointError, all_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +134,7 @@ def fit(
     experts: Tensor, options: FitOptions, title: str | None, source: str
 ) -> tuple[dict[str, Tensor], float]:
     """The factors of a projection in float32, and their relative error."""
-    if not bool(torch.isfinite(experts).all()):
+    if not all_finite(experts):
         raise CheckpointError(source, "holds experts that are not finite")
     fitted = SharedCoreFit().shared_core_fit(
         experts,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from reference_impl.shared_core.layer import FACTORS
+from reference_impl.stored import all_finite
 
 CHUNK_BYTES = 1 << 22
 """Bytes of the experts that are computed at once: their few temporaries stay in a cache."""
@@ -224,7 +225,7 @@ def check_fit(experts: Tensor, rank: int, num_steps: int, lr: float) -> None:
     if experts.ndim != 3 or not experts.numel():
         found = list(experts.shape)
         raise ValueError(f"experts have shape {found}, expected [experts, d_out, d_in]")
-    if not bool(torch.isfinite(experts).all()):
+    if not all_finite(experts):
         raise ValueError("experts hold values that are not finite")
     if not 1 <= rank <= min(experts.shape[1:]):
         raise ValueError(f"rank is {rank}, expected 1 to {min(experts.shape[1:])}")

@@ -23,7 +23,7 @@ from reference_impl.safetensors_files import open_safetensors
 from reference_impl.shared_core.block import PROJECTIONS
 from reference_impl.shared_core.folders import write_json
 from reference_impl.shared_core.layer import FACTORS
-from reference_impl.stored import CheckpointError
+from reference_impl.stored import CheckpointError, all_finite
 
 SUFFIXES = {"pt": ".pt", "safetensors": ".safetensors"}
 """File suffixes by format."""
@@ -226,7 +226,7 @@ def check_tensor(path: Path, key: str, tensor: Any) -> None:
     """Raise unless a value is a finite floating tensor."""
     is_floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
     refuse_unless(path, is_floating, "is not a floating tensor", key)
-    refuse_unless(path, bool(torch.isfinite(tensor).all()), "holds values that are not finite", key)
+    refuse_unless(path, all_finite(tensor), "holds values that are not finite", key)
 
 
 def refuse_unless(path: Path, good: bool, problem: str, key: str | None = None) -> None:
