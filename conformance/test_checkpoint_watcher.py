@@ -201,7 +201,7 @@ def test_a_file_that_breaks_off_is_left(checkpoint_watcher, case):
 
 
 @requirement("checkpoint_watcher.partial.too-long", source=SAFETENSORS)
-@given(case=watcher_cases(kinds=(*ORDINARY, "compressed-safetensors")))
+@given(case=watcher_cases(kinds=(*ORDINARY, "compressed")))
 def test_a_file_that_is_too_long_is_left(checkpoint_watcher, case):
     """A file that is longer than its header says is of another checkpoint, or is being written."""
     partial.assert_left(checkpoint_watcher, case, partial.too_long)

@@ -118,7 +118,7 @@ MOST_LINES = {
     "shared_core_block": 25,
     "compression_statistics": 12,
     "distillation_loss": 40,
-    "checkpoint_watcher": 180,
+    "checkpoint_watcher": 120,
 }
 """Lines that a contract's failures may have: the longest measured, of files and folders that the lines
 write themselves, and some room."""

@@ -17,6 +17,7 @@ from conformance.harness.watcher_partial import shorter
 from conformance.known_bugs import all_known_bugs
 from reference_impl.shared_core.complete import CheckpointFolder
 
+LAYOUTS = {kind: getattr(watcher_program, kind) for kind in KINDS}
 ADAPTER = "checkpoint_watcher = all_known_bugs()[{!r}].make().checkpoint_watcher"
 
 
@@ -46,57 +47,57 @@ def test_what_a_failure_prints_shows_the_fault_alone(id, shows):
 
 
 @pytest.fixture
-def written(tmp_path, monkeypatch):
+def directory(tmp_path, monkeypatch):
     monkeypatch.setattr(watcher_program, "directory", str(tmp_path))
     return tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_says_which_it_is(written, kind):
-    folder = written / "checkpoint-3"
+def test_a_checkpoint_says_which_it_is(directory, kind):
+    folder = directory / "checkpoint-3"
     for code in (1, 7, 999):
-        watcher_program.write("checkpoint-3", kind, code)
+        watcher_program.write("checkpoint-3", LAYOUTS[kind], code)
         assert watcher_program.code_of(folder) == code
         assert CheckpointFolder(folder, 3).weight_files()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_that_lacks_anything_cannot_be_read(written, kind):
-    folder = written / "checkpoint-3"
-    for path in watcher_program.files_of(kind, 1):
-        watcher_program.write("checkpoint-3", kind, 5, without=[path])
+def test_a_checkpoint_that_lacks_anything_cannot_be_read(directory, kind):
+    folder = directory / "checkpoint-3"
+    for path in LAYOUTS[kind](1):
+        watcher_program.write("checkpoint-3", LAYOUTS[kind], 5, without=[path])
         with pytest.raises((OSError, ValueError)):
             watcher_program.code_of(folder)
-        watcher_program.complete("checkpoint-3", kind, 5)
+        watcher_program.complete("checkpoint-3")
         assert watcher_program.code_of(folder) == 5
-        watcher_program.put(folder, path, watcher_program.files_of(kind, 6)[path])
+        watcher_program.put(str(folder / path), LAYOUTS[kind](6)[path])
         if not path.endswith(".json") and kind != "single":
             with pytest.raises(ValueError, match="unpack"):
                 watcher_program.code_of(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_breaks_off_cannot_be_read(written, kind):
-    for path in watcher_program.files_of(kind, 1):
-        watcher_program.write("checkpoint-3", kind, 5)
-        file = written / "checkpoint-3" / path
+def test_a_file_that_breaks_off_cannot_be_read(directory, kind):
+    for path in LAYOUTS[kind](1):
+        watcher_program.write("checkpoint-3", LAYOUTS[kind], 5)
+        file = directory / "checkpoint-3" / path
         lengths = shorter(file)
         assert lengths == sorted(lengths, reverse=True)
         assert lengths[-1] == 0
         for length in lengths:
             os.truncate(file, length)
             with pytest.raises(Exception, match=r".*"):
-                watcher_program.code_of(written / "checkpoint-3")
+                watcher_program.code_of(directory / "checkpoint-3")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_changed_element_is_seen_and_leaves_the_length(written, kind):
-    watcher_program.write("checkpoint-3", kind, 5)
-    folder = CheckpointFolder(written / "checkpoint-3", 3)
+def test_one_changed_element_is_seen_and_leaves_the_length(directory, kind):
+    watcher_program.write("checkpoint-3", LAYOUTS[kind], 5)
+    folder = CheckpointFolder(directory / "checkpoint-3", 3)
     files = folder.weight_files()
     sizes, digests = [file.stat().st_size for file in files], {folder.digest(files)}
     for number in range(len(files)):
-        watcher_program.change_one("checkpoint-3", kind, 5, number)
+        watcher_program.change_one("checkpoint-3", number)
         assert watcher_program.code_of(folder.path) == 5
         digests.add(folder.digest(files))
     assert [file.stat().st_size for file in files] == sizes

@@ -16,7 +16,7 @@ from conformance.harness.calls import shown_case
 from conformance.harness.qwen2_cases import as_strategy
 
 ORDINARY = ("single", "sharded")
-COMPRESSED = ("compressed-safetensors", "compressed-pt")
+COMPRESSED = ("compressed", "compressed_pt")
 KINDS = (*ORDINARY, *COMPRESSED)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import os
+
 from conformance.harness.subject import Subject
 from conformance.harness.watcher_cases import WatcherCase
 from conformance.harness.watcher_story import Story, counted
@@ -143,10 +146,10 @@ def assert_same_weights_twice(subject: Subject, case: WatcherCase) -> None:
     with Story(subject, case) as story:
         first, second, *_ = case.names
         story.write(first)
-        code, kind = story.codes[first], case.kind(first)
+        code, layout = story.codes[first], case.kind(first)
         story.watch()
         story.poll(first)
-        story.do(f"write({second!r}, {kind!r}, {code})")
+        story.do(f"write({second!r}, {layout}, {code})")
         story.codes[second] = code
         story.poll(second, because="whose weights another checkpoint has too")
         story.assert_results([first, second])
@@ -182,7 +185,7 @@ def assert_other_names(subject: Subject, case: WatcherCase) -> None:
     with Story(subject, case) as story:
         story.write_all()
         for name in OTHER_NAMES:
-            story.do(f"write({name!r}, 'single', 999)")
+            story.do(f"write({name!r}, single, 999)")
         story.watch()
         story.poll(*case.names)
         story.poll()
@@ -208,7 +211,7 @@ def assert_files_and_links(subject: Subject, case: WatcherCase) -> None:
 def assert_step_zero(subject: Subject, case: WatcherCase) -> None:
     """A checkpoint of step 0."""
     with Story(subject, case) as story:
-        story.do(f"write('checkpoint-0', 'single', {case.first + 200})")
+        story.do(f"write('checkpoint-0', single, {case.first + 200})")
         story.codes["checkpoint-0"] = case.first + 200
         story.write_all()
         story.watch()
@@ -239,9 +242,10 @@ def assert_path(subject: Subject, case: WatcherCase) -> None:
         story.poll(*case.names)
         for each in story.log():
             counted()
-            if each["type"] != "str":
-                story.fail("wrong type", f"evaluate() is given a {each['type']}, expected a str")
-            if not each["itself"]:
+            if each["path"][0] not in "'\"":
+                story.fail("wrong type", f"evaluate() is given {each['path']}, expected a str")
+            right = story.path("directory") / each["name"]
+            if os.path.realpath(ast.literal_eval(each["path"])) != os.path.realpath(right):
                 story.fail("wrong path", f"the path is not that of {each['name']} in the directory")
 
 

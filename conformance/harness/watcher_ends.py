@@ -38,7 +38,7 @@ def assert_torn(subject: Subject, case: WatcherCase, encoded: str | None = None)
             story.assert_shown(shown, [last] if shown or not done else [], because)
             if not story.content().startswith(whole[:begin]):
                 story.fail("rewritten", "lines before the one that was broken off are changed")
-            story.do(f"write('checkpoint-5000', 'single', {case.first + 60})")
+            story.do(f"write('checkpoint-5000', single, {case.first + 60})")
             story.codes["checkpoint-5000"] = case.first + 60
             story.poll("checkpoint-5000", because="which came after a line was broken off")
             story.assert_results([*case.names, "checkpoint-5000"])

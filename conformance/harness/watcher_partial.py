@@ -20,7 +20,7 @@ Damage = Callable[[Story, str], None]
 
 def weight_files(story: Story, name: str) -> list[str]:
     """The files of tensors of a checkpoint, by their paths in it."""
-    files = watcher_program.files_of(story.case.kind(name), 1)
+    files = getattr(watcher_program, story.case.kind(name))(1)
     return [path for path in files if not path.endswith(".json")]
 
 

@@ -6,6 +6,7 @@ They use torch and safetensors, and nothing of this package. A story's lines def
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -20,12 +21,11 @@ import torch
 directory = results = log = ""
 acts: dict = {}
 """What happens in an evaluation, by the checkpoint's name: functions, one for each time."""
+written: dict = {}
+"""The files that make a checkpoint whole, by its name: their contents by path."""
 
-ORDINARY = {
-    "model.embed_tokens.weight": (7, 4),
-    "model.norm.weight": (5,),
-    "lm_head.weight": (3, 6),
-}
+CONFIG = {"model_type": "qwen3_moe", "hidden_size": 24}
+WEIGHTS = {"model.embed_tokens.weight": (7, 4), "model.norm.weight": (5,), "lm_head.weight": (3, 6)}
 LAYERS = (0, 10)
 FACTORS = {"core": (3, 5), "wrappers.0.U_in": (5, 1), "wrappers.0.V_in": (5, 1)}
 FACTORS |= {"wrappers.0.U_out": (3, 1), "wrappers.0.V_out": (3, 1)}
@@ -40,36 +40,45 @@ def coded(shapes, code):
     return made
 
 
-def pickled(tensors):
+def single(code):
+    """The files of a checkpoint by path, mappings for JSON and tensors: all weights in one file."""
+    return {"config.json": CONFIG, "model.safetensors": coded(WEIGHTS, code)}
+
+
+def sharded(code):
+    """The same in a file for each tensor, with an index."""
+    tensors, places = coded(WEIGHTS, code), {}
+    files = {"config.json": CONFIG}
+    for number, name in enumerate(tensors, start=1):
+        places[name] = f"model-{number:05}-of-00003.safetensors"
+        files[places[name]] = {name: tensors[name]}
+    return files | {"model.safetensors.index.json": {"metadata": {}, "weight_map": places}}
+
+
+def compressed_pt(code):
+    """The files of a compressed model in the format with ``.pt``."""
+    return compressed(code, "pt")
+
+
+def compressed(code, suffix="safetensors"):
+    """The files of a compressed model."""
+    named = {"compressed_layer_indices": [*LAYERS], "num_compressed_layers": 2, "total_layers": 12}
+    files = {"config.json": CONFIG, "compressed_metadata.json": named}
+    files[f"non_moe_weights.{suffix}"] = coded(WEIGHTS, code)
+    for path in [f"layer_{i}/{p}_proj" for i in LAYERS for p in ("gate", "up", "down")]:
+        tensors = coded(FACTORS, code)
+        files[f"{path}.{suffix}"] = nested(tensors) if suffix == "pt" else tensors
+    return files
+
+
+def nested(tensors):
     """The tensors of a projection as the format with ``.pt`` nests them."""
     inner = {name.split(".")[2]: t for name, t in tensors.items() if name != "core"}
     return {"core": tensors["core"], "wrappers": [inner]}
 
 
-def files_of(kind, code):
-    """The files of a checkpoint by path: mappings for JSON, and tensors."""
-    files = {"config.json": {"model_type": "qwen3_moe", "hidden_size": 24}}
-    if kind == "single":
-        return files | {"model.safetensors": coded(ORDINARY, code)}
-    if kind == "sharded":
-        tensors, places = coded(ORDINARY, code), {}
-        for number, name in enumerate(tensors, start=1):
-            places[name] = f"model-{number:05}-of-00003.safetensors"
-            files[places[name]] = {name: tensors[name]}
-        return files | {"model.safetensors.index.json": {"metadata": {}, "weight_map": places}}
-    suffix = kind.removeprefix("compressed-")
-    named = {"compressed_layer_indices": [*LAYERS], "num_compressed_layers": 2, "total_layers": 12}
-    files["compressed_metadata.json"] = named
-    files[f"non_moe_weights.{suffix}"] = coded(ORDINARY, code)
-    for path in [f"layer_{i}/{p}_proj" for i in LAYERS for p in ("gate", "up", "down")]:
-        tensors = coded(FACTORS, code)
-        files[f"{path}.{suffix}"] = pickled(tensors) if suffix == "pt" else tensors
-    return files
-
-
-def put(folder, path, content):
-    """Write one file into the folder of a checkpoint."""
-    path = os.path.join(folder, path)
+def put(path, content):
+    """Write one file of a checkpoint."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if path.endswith(".json"):
         with open(path, "w") as file:
@@ -80,21 +89,22 @@ def put(folder, path, content):
         safetensors.torch.save_file(content, path)
 
 
-def write(name, kind, code, without=()):
+def write(name, layout, code, without=()):
     """Write a checkpoint anew, without some of its files; later ones have later times."""
     folder = os.path.join(directory, name)
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
-    for path, content in files_of(kind, code).items():
+    written[name] = layout(code)
+    for path, content in written[name].items():
         if path not in without:
-            put(folder, path, content)
+            put(os.path.join(folder, path), content)
             os.utime(os.path.join(folder, path), (10**9 + code, 10**9 + code))
 
 
-def complete(name, kind, code):
+def complete(name):
     """Write the files of a checkpoint that are not there, or not whole."""
-    for path, content in files_of(kind, code).items():
-        put(os.path.join(directory, name), path, content)
+    for path, content in written[name].items():
+        put(os.path.join(directory, name, path), content)
 
 
 def cut(name, path, length):
@@ -108,36 +118,22 @@ def remove(name):
     shutil.rmtree(os.path.join(directory, name))
 
 
-def tensors_of(folder):
-    """All tensors of a checkpoint; raises for whatever is not whole."""
-    with open(os.path.join(folder, "config.json")) as file:
-        json.load(file)
-    there = sorted(os.listdir(folder))
-    if "compressed_metadata.json" in there:
-        with open(os.path.join(folder, "compressed_metadata.json")) as file:
-            layers = json.load(file)["compressed_layer_indices"]
-        suffix = "pt" if "non_moe_weights.pt" in there else "safetensors"
-        paths = [f"layer_{i}/{p}_proj.{suffix}" for i in layers for p in ("gate", "up", "down")]
-        paths.append(f"non_moe_weights.{suffix}")
-    elif "model.safetensors" in there:
-        paths = ["model.safetensors"]
-    else:
-        with open(os.path.join(folder, "model.safetensors.index.json")) as file:
-            paths = sorted(set(json.load(file)["weight_map"].values()))
-    for path in paths:
-        path = os.path.join(folder, path)
-        if path.endswith(".safetensors"):
-            yield from safetensors.torch.load_file(path).values()
-        else:
-            content = torch.load(path, weights_only=True)
-            yield from content.pop("wrappers", [{}])[0].values()
-            yield from content.values()
+def read(path):
+    """The tensors of a file; raises for one that is not whole."""
+    if path.endswith(".json"):
+        with open(path) as file:
+            json.load(file)
+        return []
+    if path.endswith(".safetensors"):
+        return [*safetensors.torch.load_file(path).values()]
+    content = torch.load(path, weights_only=True)
+    return [*content.pop("wrappers", [{}])[0].values(), *content.values()]
 
 
 def code_of(folder):
     """Which checkpoint a folder holds; raises for one that is not whole, or mixed of two."""
-    codes = {int(code) for each in tensors_of(folder) for code in (each // 10_000).flatten()}
-    (code,) = codes
+    paths = [os.path.join(folder, p) for p in written[os.path.basename(os.path.realpath(folder))]]
+    (code,) = {int(c) for path in paths for each in read(path) for c in (each // 10_000).flatten()}
     return code
 
 
@@ -148,13 +144,12 @@ def metrics_of(code):
 
 def evaluate(path):
     """Evaluate a checkpoint; a line of the log says which was shown, and what it held."""
+    name = os.path.basename(os.path.normpath(path))
     try:
         code = code_of(path)
     except Exception as error:
         code = f"not whole: {type(error).__name__}"
-    name = os.path.basename(os.path.normpath(path))
-    line = {"name": name, "code": code, "type": type(path).__name__}
-    line["itself"] = os.path.realpath(path) == os.path.realpath(os.path.join(directory, name))
+    line = {"name": name, "code": code, "path": repr(path)}
     with open(log, "a") as file:
         file.write(json.dumps(line) + "\n")
     found = acts[name].pop(0)() if acts.get(name) else None
@@ -178,14 +173,14 @@ def rewrite(encoded):
         file.writelines(encoded(line) + "\n" for line in lines)
 
 
-def change_one(name, kind, code, number):
+def change_one(name, number):
     """Add 1 to one element of one file of a checkpoint, and leave its length as it is."""
-    files = {path: each for path, each in files_of(kind, code).items() if ".json" not in path}
+    files = {path: each for path, each in written[name].items() if ".json" not in path}
     path = sorted(files)[number % len(files)]
-    content = files[path]
+    content = copy.deepcopy(files[path])
     tensors = content["wrappers"][0] if "wrappers" in content else content
     tensors[sorted(tensors)[number % len(tensors)]].view(-1)[-1] += 1
-    put(os.path.join(directory, name), path, content)
+    put(os.path.join(directory, name, path), content)
     os.utime(os.path.join(directory, name, path), (10**9 + 5000, 10**9 + 5000))
 
 

@@ -203,8 +203,8 @@ def assert_digest_of_each_file(subject: Subject, case: WatcherCase) -> None:
         story.write_all()
         story.watch()
         story.poll(*case.names)
-        kind, name = case.kind(case.chosen), case.chosen
-        story.do(f"change_one({name!r}, {kind!r}, {story.codes[name]}, {case.which})")
+        name = case.chosen
+        story.do(f"change_one({name!r}, {case.which})")
         if case.which % 2:
             story.watch()
         before = len(story.log())
@@ -231,7 +231,7 @@ def assert_digest_of_weights(subject: Subject, case: WatcherCase) -> None:
     with Story(subject, case) as story:
         chosen, copy = case.chosen, "checkpoint-5000"
         story.write_all()
-        story.do(f"write({copy!r}, {case.kind(chosen)!r}, {story.codes[chosen]})")
+        story.do(f"write({copy!r}, {case.kind(chosen)}, {story.codes[chosen]})")
         story.do(f"os.utime(os.path.join(directory, {copy!r}, 'config.json'), (1, 1))")
         story.codes[copy] = story.codes[chosen]
         story.watch()
@@ -266,7 +266,7 @@ def assert_replaced_meanwhile(subject: Subject, case: WatcherCase) -> None:
     with Story(subject, case) as story:
         story.write_all()
         code = story.codes[chosen]
-        story.acts(chosen, f"lambda: write({chosen!r}, {case.kind(chosen)!r}, {code + 6})")
+        story.acts(chosen, f"lambda: write({chosen!r}, {case.kind(chosen)}, {code + 6})")
         story.watch()
         story.poll(*case.names)
         story.codes[chosen] = code + 6

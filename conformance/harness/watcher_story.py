@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,7 +106,7 @@ class Story:
         for name in names:
             self.codes[name] = self.case.code(name) + more
             rest = f", without={[*without]!r}" if without else ""
-            self.do(f"write({name!r}, {self.case.kind(name)!r}, {self.codes[name]}{rest})")
+            self.do(f"write({name!r}, {self.case.kind(name)}, {self.codes[name]}{rest})")
 
     def write_all(self) -> None:
         """Write all checkpoints of the case, in its order."""
@@ -114,7 +114,7 @@ class Story:
 
     def complete(self, name: str) -> None:
         """Write what a checkpoint lacks."""
-        self.do(f"complete({name!r}, {self.case.kind(name)!r}, {self.codes[name]})")
+        self.do(f"complete({name!r})")
 
     def watch(self, **options: str) -> None:
         """Make a watcher: the first one, or one of a new process."""
@@ -263,31 +263,44 @@ def execute(line: str, namespace: dict[str, Any]) -> Any:
 
 
 @functools.cache
-def functions() -> dict[str, Callable]:
-    """The functions by name."""
-    return dict(inspect.getmembers(watcher_program, inspect.isfunction))
+def definitions() -> dict[str, str]:
+    """What the program imports, sets and defines, as source text without docstrings, by name."""
+    source = inspect.getsource(watcher_program)
+    found: dict[str, str] = {}
+    for node in ast.parse(source).body:
+        text = without_docstring(node, source)
+        if isinstance(node, ast.Import):
+            found[node.names[0].name.split(".")[0]] = text
+        elif isinstance(node, ast.FunctionDef):
+            found[node.name] = text
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            found[target.id] = "\n".join([*filter(None, [found.get(target.id)]), text])
+    return found
+
+
+def without_docstring(node: ast.stmt, source: str) -> str:
+    """The source text of a statement; that of a function without what its docstring says."""
+    lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
+    if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+        said = node.body[0]
+        del lines[said.lineno - node.lineno : said.end_lineno - node.lineno + 1]
+    return "\n".join(line for line in lines if line)
 
 
 def introduction(lines: Iterable[str]) -> tuple[str, ...]:
-    """Imports, constants and those functions that the lines need, as source text."""
-    wanted: list[str] = []
-    called = [word for line in lines for word in names_in(line)]
+    """Imports, constants and functions that the lines need, in the program's order."""
+    wanted: set[str] = {"os"}
+    called = [word for line in (*lines, SEEN) for word in names_in(line)]
     while called:
         name = called.pop()
-        if name in functions() and name not in wanted:
-            wanted.append(name)
-            called += names_in(source_of(name))
-    source = inspect.getsource(watcher_program)
-    head = source[source.index("import json") : source.index("def ")]
-    texts = [head, *(source_of(name) for name in functions() if name in wanted)]
-    imports = "import tempfile\nfolder = tempfile.TemporaryDirectory()"
-    return (*"\n".join(texts).splitlines(), *imports.splitlines())
-
-
-@functools.cache
-def source_of(name: str) -> str:
-    """The source of a function."""
-    return inspect.getsource(functions()[name])
+        if name in definitions() and name not in wanted:
+            wanted.add(name)
+            called += names_in(definitions()[name])
+    texts = [text for name, text in definitions().items() if name in wanted]
+    texts = ["import tempfile", *texts, "folder = tempfile.TemporaryDirectory()"]
+    given = {"import torch", definitions()["directory"]}  # the message imports torch itself
+    return tuple("\n".join(text for text in texts if text not in given).splitlines())
 
 
 @functools.cache
