@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -443,6 +445,10 @@ def assert_tail_gradient(distillation_loss: Subject, case: DistillationCase) -> 
     assert_gradient(found, replace(whole, value=tail), call, 1.0)
 
 
+SLICED = ("teacher_indices", "teacher_logsumexp")
+"""Options that have rows, as the logits do."""
+
+
 def assert_adds_up(
     distillation_loss: Subject, case: DistillationCase, splits: tuple[slice, ...]
 ) -> None:
@@ -454,14 +460,28 @@ def assert_adds_up(
     for rows in splits:
         leaf = student.detach()[rows].clone().requires_grad_()
         parts = {"student": leaf, "teacher": teacher[rows], "labels": labels[rows]}
-        for name in ("teacher_indices", "teacher_logsumexp"):
-            if name in options:
-                parts[name] = options[name][rows]
+        parts |= {name: options[name][rows] for name in SLICED if name in options}
         ran = run(distillation_loss, call, num_items_in_batch=items, **parts)
         losses += ran.loss.double().cpu()
         gradients.append(ran.gradient)
-    assert_loss(Ran(losses, gradients[0]), call)
-    assert_gradient(torch.cat(gradients), oracle_gradient(call), call, 1.0)
+    with shown_by_parts(call, items, splits):
+        assert_loss(Ran(losses, gradients[0]), call)
+        assert_gradient(torch.cat(gradients), oracle_gradient(call), call, 1.0)
+
+
+@contextmanager
+def shown_by_parts(call: Call, items: int, splits: tuple[slice, ...]) -> Iterator[None]:
+    """A failure in here is shown by the sum over parts, each with so many items in its batch."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        given = dict(call.options) | {"num_items_in_batch": str(items)}
+        options = [f"{n}={s}[i:j]" if n in SLICED else f"{n}={s}" for n, s in given.items()]
+        parts = [f"{name}[i:j]" for name in call.arguments]
+        part = f"{call.contract}({', '.join((*parts, *options))})"
+        ends = [(rows.start, rows.stop) for rows in splits]
+        failure.shown_by = f"out = sum({part} for i, j in {ends})\n{failure.shown_by}"
+        raise
 
 
 def assert_refused(

@@ -220,24 +220,31 @@ def assert_teacher_alone_untouched(distillation_loss: Subject, case: ModuleCase)
         assert_zero(gradient, call, f"the gradient of the teacher's {name}")
 
 
+def drawn_modes(seed: int) -> tuple[str, ...]:
+    """Lines that set the mode of every part of both models, and keep them by name in ``before``."""
+    return (
+        "models = nn.ModuleDict({'student': student, 'teacher': teacher})",
+        "named = {name: module for name, module in models.named_modules() if name}",
+        f"draws = torch.Generator().manual_seed({seed})",
+        "before = {name: bool(torch.rand((), generator=draws) < 0.5) for name in named}",
+        "for name, mode in before.items(): named[name].training = mode",
+    )
+
+
 def assert_modes_kept(distillation_loss: Subject, case: ModuleCase) -> None:
     """Every module has the mode it had; some parts have another one than their model."""
-    call = case.call(distillation_loss.device)
+    call = case.call(distillation_loss.device).then(*drawn_modes(case.seed))
     models = models_of(call)
     modules = nn.ModuleDict({"student": models.student, "teacher": models.teacher})
-    draws = torch.Generator().manual_seed(case.seed)
-    named = dict(modules.named_modules())
-    for name, module in named.items():
-        if name:
-            module.training = bool(torch.rand((), generator=draws) < 0.5)
-    before = {name: module.training for name, module in named.items() if name}
+    named, before = dict(modules.named_modules()), call.named("before")
     loss_of_models(distillation_loss, models, call)
     current_tally().comparisons[EXACT] += 1
     changed = [name for name, mode in before.items() if named[name].training != mode]
     if changed:
         mode = "training" if named[changed[0]].training else "evaluation"
         summary = f"{changed[0]} is left in {mode} mode; {len(changed)} modules have another mode"
-        shown = "print([m.training for m in (*student.modules(), *teacher.modules())])"
+        differ = "[n for n, mode in before.items() if named[n].training != mode]"
+        shown = f"print('in another mode:', {differ}, '- expected none')"
         raise ConformanceFailure("changed mode", summary, call=call, shown_by=shown)
 
 

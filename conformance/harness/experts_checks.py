@@ -67,6 +67,10 @@ def run_gradients(
     return {OUTPUT: output.detach(), **dict(zip(leaves, found))}
 
 
+NAN_IN_NEW_MEMORY = "torch.use_deterministic_algorithms(True, warn_only=True)"
+"""The line by which torch fills memory that nothing was written to, as it is during the call."""
+
+
 @contextmanager
 def dirty_memory(call: Call) -> Iterator[None]:
     """Memory that nothing was written to holds NaN, also what was freed just before."""
@@ -216,6 +220,8 @@ def assert_equal(found: Tensor, right: Tensor, name: str, call: Call) -> None:
     finite = bool(torch.isfinite(here).all())
     what = f"{name}{list(at)} is {float(here[at]):.9g}, expected {float(right[at]):.9g}"
     rows = wrong.flatten(1).any(1).nonzero().flatten().tolist() if wrong.ndim > 1 else []
+    if not finite:
+        call = call.then(NAN_IN_NEW_MEMORY)
     raise ConformanceFailure(
         "wrong values" if finite else "non-finite",
         f"{what}; {int(wrong.sum())} of {wrong.numel()} elements are wrong",

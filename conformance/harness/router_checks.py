@@ -328,7 +328,12 @@ def assert_loss(moe_router: Subject, case: RouterCase) -> None:
     def check(call: Call) -> None:
         _clear_everywhere(call)
         loss = run(moe_router, call).loss.reshape(1)
-        assert_close_to(loss, expected_loss(call).expectation("output 0"), call, name="loss")
+        expectation = expected_loss(call).expectation("output 0")
+        try:
+            assert_close_to(loss, expectation, call, name="loss")
+        except ConformanceFailure as failure:
+            failure.shown_by = f"print(out[2].item(), 'expected {expectation.value.item():.6g}')"
+            raise
 
     in_every_lane(case, check, moe_router.device)
 
