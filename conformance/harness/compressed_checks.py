@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,12 +78,17 @@ def complete(found: Mapping[str, Tensor], call: CompressedCall) -> dict[str, Ten
     return found
 
 
+def printed(name: str) -> str:
+    """The line that shows a weight of the model."""
+    return f"print(out.parameters()[{name!r}])"
+
+
 def assert_same_weights(
     found: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     call: CompressedCall,
     what: str,
-    shown_by: str = "print(out.parameters()[{!r}])",
+    shown_by: Callable[[str], str] = printed,
 ) -> None:
     """The same names, dtypes and bits; says which tensor a wrong one is instead."""
     counted()
@@ -99,7 +104,7 @@ def assert_same_weights(
             "not identical",
             f"{what}: {name} {difference(wrong, right, expected)}",
             call=call,
-            shown_by=shown_by.format(name),
+            shown_by=shown_by(name),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,28 @@ from conformance.harness.compressed_files import (
     read_exported,
 )
 from conformance.harness.compressed_oracle import expected_logits, logits_of_transformers
-from conformance.harness.compressed_saved import EXPORTED, is_factor, loaded_from, own, place
+from conformance.harness.compressed_saved import FILES, is_factor, loaded_from, own, place
 from conformance.harness.compressed_subject import Loaded, counted
 from conformance.harness.core_cases import PROJECTIONS
 from conformance.harness.subject import Subject
 from conformance.harness.tolerance import Expectation, expect
+
+READ = (
+    "places = [p for p in os.scandir(folder.name + '/saved') if p.name.endswith('.safetensors')]",
+    "found = {n: t for p in places for n, t in safetensors.torch.load_file(p.path).items()}",
+)
+"""Lines that read all tensors of an export."""
+NAMES = (*READ, "print(sorted(found))")
+
+
+def printing(name: str) -> tuple[str, ...]:
+    """Lines that show one of them."""
+    return (*READ, f"print(found[{name!r}])")
+
+
+def showing(loaded: Loaded) -> Callable[[str], str]:
+    """What gives the lines that show a tensor of what a model has exported."""
+    return lambda name: loaded.shown(*printing(name))
 
 
 def exported(loaded: Loaded, target: Path) -> dict[str, Tensor]:
@@ -33,7 +51,7 @@ def exported(loaded: Loaded, target: Path) -> dict[str, Tensor]:
         return read_exported(target)
     except Exception as error:
         summary = f"what was exported cannot be read: {type(error).__name__}: {error}"
-        raise loaded.wrong("unreadable", summary, EXPORTED) from error
+        raise loaded.wrong("unreadable", summary, FILES) from error
 
 
 def assert_exported_names(subject: Subject, case: CompressedCase) -> None:
@@ -53,11 +71,11 @@ def assert_exported_names(subject: Subject, case: CompressedCase) -> None:
         found.discard("lm_head.weight")
     for name in sorted(expected ^ found):
         what = "is missing" if name in expected else "is not of the original"
-        raise loaded.wrong("wrong names", f"{name} {what}", EXPORTED)
+        raise loaded.wrong("wrong names", f"{name} {what}", *NAMES)
     for name in ("compression_config.json", "compressed_metadata.json"):
         if name in files:
             summary = f"an export with {name} passes for a compressed folder"
-            raise loaded.wrong("stale file", summary, EXPORTED)
+            raise loaded.wrong("stale file", summary, FILES)
 
 
 def reconstruction(value: Tensor, dtype: torch.dtype) -> Expectation:
@@ -84,11 +102,11 @@ def assert_exported_experts(
         found = exported(loaded, target)
     for name, value in experts_of(weights, case).items():
         if name not in found:
-            raise loaded.wrong("wrong names", f"{name} is missing", EXPORTED)
+            raise loaded.wrong("wrong names", f"{name} is missing", *NAMES)
         if found[name].dtype != dtype or found[name].shape != value.shape:
             what = f"{found[name].dtype} {list(found[name].shape)}"
             summary = f"{name} is {what}, expected {dtype} {list(value.shape)}"
-            raise loaded.wrong("wrong dtype or shape", summary, EXPORTED)
+            raise loaded.wrong("wrong dtype or shape", summary, *printing(name))
         call = replace(loaded.call, dtype=dtype)
         assert_close_to(found[name], reconstruction(value, dtype), call, name=name)
 
@@ -101,7 +119,7 @@ def assert_exported_others(subject: Subject, case: CompressedCase) -> None:
     with place() as target:
         found = exported(loaded, target)
     found = {name: found[name] for name in expected if name in found}
-    assert_same_weights(found, expected, loaded.call, "the export", EXPORTED)
+    assert_same_weights(found, expected, loaded.call, "the export", showing(loaded))
 
 
 def assert_exported_function(subject: Subject, case: CompressedCase, *, change: bool) -> None:
@@ -118,11 +136,11 @@ def assert_exported_function(subject: Subject, case: CompressedCase, *, change: 
             logits, problems = logits_of_transformers(target, ids)
         except Exception as error:
             summary = f"transformers cannot load it: {type(error).__name__}: {str(error)[:200]}"
-            raise loaded.wrong("unreadable", summary, EXPORTED) from error
+            raise loaded.wrong("unreadable", summary, FILES) from error
     counted()
     for kind, names in problems.items():
         if names:
-            raise loaded.wrong("wrong names", f"transformers finds {kind}: {names[0]}", EXPORTED)
+            raise loaded.wrong("wrong names", f"transformers finds {kind}: {names[0]}", *NAMES)
     assert_close_to(logits, expectation, loaded.call, name="logits of the export")
 
 
@@ -140,10 +158,10 @@ def assert_export_over_older(subject: Subject, case: CompressedCase) -> None:
             used = set(json.loads(index.read_text())["weight_map"].values())
     counted()
     for name in sorted(names - used):
-        raise loaded.wrong("stale file", f"{name} is of the export before", EXPORTED)
+        raise loaded.wrong("stale file", f"{name} is of the export before", FILES)
     beyond = [n for n in found if n.startswith(f"model.layers.{case.layers}.")]
     if beyond:
-        raise loaded.wrong("stale file", f"{beyond[0]} is of the export before", EXPORTED)
+        raise loaded.wrong("stale file", f"{beyond[0]} is of the export before", FILES)
     expected = {n: t for n, t in own(loaded).items() if not is_factor(n)}
     found = {n: found[n] for n in expected if n in found}
-    assert_same_weights(found, expected, loaded.call, "the later export", EXPORTED)
+    assert_same_weights(found, expected, loaded.call, "the later export", showing(loaded))

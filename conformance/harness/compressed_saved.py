@@ -47,8 +47,31 @@ def other_format(case: CompressedCase) -> str:
     return "safetensors" if case.format == "pt" else "pt"
 
 
-SAVED = "out.save(folder.name + '/saved', format={!r})"
-EXPORTED = "out.export(folder.name + '/saved')"
+WALKED = "[(at, f) for at, _, files in os.walk(folder.name + '/saved') for f in files]"
+FILES = f"print(sorted(os.path.relpath(os.path.join(*each), folder.name) for each in {WALKED}))"
+"""The line that shows which files were written."""
+
+
+def older_folder(case: CompressedCase) -> tuple[str, ...]:
+    """Lines that put a checkpoint with one layer more where the model is saved then."""
+    layer = f"{{source}}/layer_{case.expert_layers[0]}"
+    return (
+        "import shutil",
+        "_ = shutil.copytree(source, folder.name + '/saved')",
+        f"_ = shutil.copytree(f'{layer}', folder.name + '/saved/layer_{case.layers}')",
+    )
+
+
+def loading_again(loaded: Loaded) -> tuple[str, str]:
+    """Lines that load what was saved, and show which weights differ from the model's."""
+    again = loaded.call.source().replace("(source", "(folder.name + '/saved'", 1)
+    differ = "[n for n, p in out.parameters().items() if not torch.equal(p, again[n])]"
+    return f"again = {again}.parameters()", f"print('differ:', {differ}, '- expected none')"
+
+
+def reading(name: str) -> str:
+    """The line that shows what a small file says."""
+    return f"print(open(folder.name + '/saved/{name}').read())"
 
 
 def loaded_from(subject: Subject, case: CompressedCase, *edits: str, **rest) -> Loaded:
@@ -67,7 +90,7 @@ def read_saved(folder: Path, loaded: Loaded, format: str) -> dict[str, Tensor]:
         return read_weights(folder, loaded.call.case, format)
     except Exception as error:
         summary = f"what was saved cannot be read: {type(error).__name__}: {error}"
-        raise loaded.wrong("unreadable", summary, SAVED.format(format)) from error
+        raise loaded.wrong("unreadable", summary, FILES, *loading_again(loaded)) from error
 
 
 def assert_saved_weights(
@@ -75,7 +98,8 @@ def assert_saved_weights(
 ) -> None:
     """A saved folder holds these weights, bit for bit."""
     found = read_saved(folder, loaded, format)
-    assert_same_weights(found, expected, loaded.call, what, SAVED.format(format))
+    shown = loaded.shown(*loading_again(loaded))
+    assert_same_weights(found, expected, loaded.call, what, lambda name: shown)
 
 
 # Saving
@@ -94,11 +118,11 @@ def assert_layout(folder: Path, loaded: Loaded, format: str) -> None:
     counted()
     expected, found = expected_files(loaded.call.case, format), files_in(folder)
     for name in sorted(expected - found):
-        raise loaded.wrong("incomplete", f"save() writes no {name}", SAVED.format(format))
+        raise loaded.wrong("incomplete", f"save() writes no {name}", FILES)
     for name in sorted(found - expected):
         if name.startswith("layer_") or name.endswith((".pt", ".safetensors")):
             summary = f"{name} is there, which is not of this checkpoint"
-            raise loaded.wrong("stale file", summary, SAVED.format(format))
+            raise loaded.wrong("stale file", summary, FILES)
 
 
 def assert_round_trip(subject: Subject, case: CompressedCase, format: str) -> None:
@@ -152,22 +176,24 @@ def saved_mapping(subject: Subject, case: CompressedCase, name: str) -> tuple[Lo
     with place() as target:
         loaded.save(str(target), case.format)
         if not (target / name).exists():
-            raise loaded.wrong("incomplete", f"save() writes no {name}", SAVED.format(case.format))
+            raise loaded.wrong("incomplete", f"save() writes no {name}", FILES)
         counted()
         try:
             found = read_mapping(target / name)
         except (ValueError, yaml.YAMLError) as error:
-            raise loaded.wrong("unreadable", f"{name} cannot be read: {error}") from error
+            summary = f"{name} cannot be read: {error}"
+            raise loaded.wrong("unreadable", summary, reading(name)) from error
     return loaded, found
 
 
 def assert_says(loaded: Loaded, name: str, found: dict, expected: dict) -> None:
     """A small file has these entries."""
+    shows = (FILES,) if name.endswith(".pt") else (reading(name),)
     for key, value in expected.items():
         if key not in found or found[key] != value:
             says = repr(found[key]) if key in found else "nothing"
             summary = f"{name} says {says} of {key}, expected {value!r}"
-            raise loaded.wrong("wrong fact", summary, SAVED.format(loaded.call.case.format))
+            raise loaded.wrong("wrong fact", summary, *shows)
 
 
 def assert_config(subject: Subject, case: CompressedCase) -> None:
@@ -235,9 +261,10 @@ def assert_statistics(subject: Subject, case: CompressedCase) -> None:
                 summary = (
                     f"compression_statistics.yaml: {where}{key} is {said.get(key)!r}, not {value!r}"
                 )
-                raise loaded.wrong("wrong fact", summary, SAVED.format(case.format))
+                raise loaded.wrong("wrong fact", summary, reading("compression_statistics.yaml"))
     if len(by_place) != len(expected["per_layer_stats"]):
-        raise loaded.wrong("wrong fact", f"per_layer_stats has {len(by_place)} entries")
+        summary = f"per_layer_stats has {len(by_place)} entries"
+        raise loaded.wrong("wrong fact", summary, reading("compression_statistics.yaml"))
 
 
 TOKENIZER = {
@@ -255,16 +282,14 @@ def assert_companions(subject: Subject, case: CompressedCase) -> None:
         for name, text in TOKENIZER.items()
     )
     loaded = loaded_from(subject, case, after=lines)
-    for write, shown_by in (
-        (lambda target: loaded.save(target, case.format), SAVED.format(case.format)),
-        (loaded.export, EXPORTED),
-    ):
+    for write in (lambda target: loaded.save(target, case.format), loaded.export):
         with place() as target:
+            loaded.done.clear()
             write(str(target))
             counted()
             for name in TOKENIZER:
                 if not (target / name).exists():
-                    raise loaded.wrong("incomplete", f"{name} is not there", shown_by)
+                    raise loaded.wrong("incomplete", f"{name} is not there", FILES)
 
 
 # Where it is saved
@@ -277,6 +302,7 @@ def assert_over_older(subject: Subject, case: CompressedCase) -> None:
     loaded = loaded_from(subject, case)
     with place() as target:
         old.save(str(target), older.format)
+        loaded.done += older_folder(case)
         loaded.save(str(target), case.format)
         assert_layout(target, loaded, case.format)
         assert_saved_weights(target, loaded, own(loaded), case.format, "the saved folder")
@@ -323,16 +349,15 @@ def assert_nothing_beside(subject: Subject, case: CompressedCase) -> None:
     """Nothing is left behind beside the folders that are written."""
     loaded = loaded_from(subject, case)
     with place() as target:
-        for write, shown_by in (
-            (lambda path: loaded.save(path, case.format), SAVED.format(case.format)),
-            (loaded.export, EXPORTED),
-        ):
+        for write in (lambda path: loaded.save(path, case.format), loaded.export):
+            loaded.done.clear()
             for _ in range(2):
                 write(str(target))
                 counted()
                 beside = sorted(p.name for p in target.parent.iterdir() if p != target)
                 if beside:
-                    raise loaded.wrong("left behind", f"{beside[0]} is beside the folder", shown_by)
+                    summary = f"{beside[0]} is beside the folder"
+                    raise loaded.wrong("left behind", summary, "print(os.listdir(folder.name))")
             shutil.rmtree(target)
 
 
@@ -345,7 +370,7 @@ def assert_failing_save(subject: Subject, case: CompressedCase) -> None:
         loaded.save(str(target), case.format)
         before = digests(target.parent)
         loaded.change(lambda name: True)
-        shown = f"{SAVED.format(case.format)}  # with room for files of {limit} bytes"
+        shown = f"# the second save() has room for files of {limit} bytes"
         try:
             with files_no_larger_than(limit):
                 loaded.save(str(target), case.format)
@@ -380,7 +405,7 @@ def assert_interrupted(subject: Subject, case: CompressedCase) -> None:
         there = [target] if target.exists() else [p for p in target.parent.iterdir() if p.is_dir()]
         if not any(is_whole(folder, loaded, (old, new)) for folder in there):
             summary = f"a save that was killed at change {number} of files left neither checkpoint"
-            raise loaded.wrong("half written", summary, SAVED.format(case.format))
+            raise loaded.wrong("half written", summary, FILES)
 
 
 def is_whole(folder: Path, loaded: Loaded, either: tuple[dict[str, Tensor], ...]) -> bool:

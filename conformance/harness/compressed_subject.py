@@ -33,6 +33,8 @@ class Loaded:
     def __init__(self, model: Any, call: CompressedCall) -> None:
         self.model = model
         self.call = call
+        self.done: list[str] = []
+        """What was done with the model ``out`` since, as lines."""
 
     def logits(self) -> Tensor:
         """Logits of the call's ids, of the right shape."""
@@ -64,11 +66,13 @@ class Loaded:
         """Save; declined by a model that cannot."""
         with failing_at(self.call), errors_named("save"):
             self._offered("save")(directory, format=format)
+        self.done.append(f"out.save(folder.name + '/saved', format={format!r})")
 
     def export(self, directory: str) -> None:
         """Export; declined by a model that cannot."""
         with failing_at(self.call), errors_named("export"):
             self._offered("export")(directory)
+        self.done.append("out.export(folder.name + '/saved')")
 
     def _offered(self, name: str) -> Callable[..., Any]:
         method = getattr(self.model, name, None)
@@ -77,17 +81,26 @@ class Loaded:
         return method
 
     def change(self, pick: Callable[[str], bool]) -> None:
-        """Change the parameters with such names in place, each element otherwise."""
+        """Change the parameters with such names in place, each element otherwise.
+
+        The lines of a failure change all of them alike.
+        """
         generator = torch.Generator().manual_seed(self.call.case.seed + 1)
         with torch.no_grad():
             for name, each in self.parameters().items():
                 if pick(name):
                     random = torch.randn(each.shape, generator=generator)
                     each.mul_((1 + 0.2 * random).to(each))
+        self.done.append("for p in out.parameters().values(): p.data.mul_(1.25)")
 
-    def wrong(self, kind: str, summary: str, shown_by: str = "print(out)") -> ConformanceFailure:
-        """A failure of this model."""
-        return ConformanceFailure(kind, summary, call=self.call, shown_by=shown_by)
+    def shown(self, *looks: str) -> str:
+        """Lines that do what was done with the model, and look at what came of it."""
+        return "\n".join((*self.done, *looks))
+
+    def wrong(self, kind: str, summary: str, *looks: str) -> ConformanceFailure:
+        """A failure of this model, which these lines see."""
+        looks = looks or ("print(out)",)
+        return ConformanceFailure(kind, summary, call=self.call, shown_by=self.shown(*looks))
 
 
 def counted() -> None:

@@ -1,4 +1,4 @@
-"""What a failure says: rule, case, what was found, and ten lines that reproduce it alone."""
+"""What a failure says: rule, case, what was found, and lines that reproduce it alone."""
 
 from __future__ import annotations
 
