@@ -16,16 +16,17 @@ SUITE = dict.fromkeys(CORE, "core") | dict.fromkeys(EXTENDED, "extended")
 MEASURED = {
     "name": "output",
     "statistics": [
-        {"name": "largest error", "value": 0.41, "limit": 1e-6},
-        {"name": "root mean square", "value": 1e-7, "limit": 1e-6},
-        {"name": "worst row", "value": None, "limit": 1e-6},
-        {"name": "gain", "value": 0.0, "limit": 1e-6},
+        {"name": "largest error", "value": 0.41, "limit": 1e-6, "floor": 3e-7},
+        {"name": "root mean square", "value": 1e-7, "limit": 1e-6, "floor": 0.0},
+        {"name": "worst row", "value": None, "limit": 1e-6, "floor": 5e-7},
+        {"name": "gain", "value": 0.0, "limit": 1e-6, "floor": 5e-7},
     ],
     "profiles": [
         {"axis": "heads", "errors": [0.0, 0.41, 1e-7]},
         {"axis": "tokens", "errors": [None, 1e-9] * 100},
     ],
     "limit": 1e-6,
+    "floor": 3e-7,
 }
 
 

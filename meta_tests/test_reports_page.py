@@ -285,6 +285,8 @@ def test_numbers_are_shown_in_three_digits(value, shown):
 
 # Plots
 
+LINES = ("limit", "floor")
+
 
 @pytest.mark.parametrize(
     ("value", "limit", "expected"),
@@ -314,6 +316,18 @@ def test_what_is_over_the_limit_is_drawn_right_of_its_line_and_filled():
     assert places == sorted(places)
     assert places[0] < limit == places[1] < places[2] < places[3] <= plots.WIDTH
     assert 'class="dot over"' in plots.statistic_row(float("inf"), axis)
+
+
+def test_the_floor_is_drawn_left_of_the_limit_and_below_it():
+    axis = plots.axis_of([0.01, 300.0])
+    drawn = plots.statistic_row(2.0, axis, 0.25)
+    at = {kind: float(re.search(rf'class="{kind}" d="M([\d.]+)', drawn)[1]) for kind in LINES}
+    assert at["floor"] < at["limit"]
+    drawn = plots.profile_bars([1e-7, 1.0], 1e-3, 2e-4)
+    at = {kind: float(re.search(rf'class="{kind}" d="M0 ([\d.]+)', drawn)[1]) for kind in LINES}
+    assert 0 < at["limit"] < at["floor"] < 48
+    for none in (plots.statistic_row(2.0, axis), plots.profile_bars([1.0], 1e-3)):
+        assert 'class="floor"' not in none
 
 
 def test_bars_of_a_long_profile_keep_its_largest_errors():

@@ -77,15 +77,17 @@ class Compared:
         return largest.tolist()
 
     def as_data(self) -> dict[str, Any]:
-        """Statistics with their limits, and the profiles of all axes but the last."""
+        """Statistics with their limits and floors, and the profiles of all axes but the last."""
         statistics = measure(self.found, self.expectation.value)
-        limits = self.expectation.limits
+        limits, floor = self.expectation.limits, self.expectation.floor
         names = (field.name.replace("_", " ") for field in fields(ErrorStatistics))
         return {
             "name": self.name,
             "statistics": [
-                {"name": name, "value": value, "limit": limit}
-                for name, value, limit in zip(names, astuple(statistics), astuple(limits))
+                {"name": name, "value": value, "limit": limit, "floor": below}
+                for name, value, limit, below in zip(
+                    names, astuple(statistics), astuple(limits), astuple(floor)
+                )
             ],
             "profiles": [
                 {"axis": name, "errors": self.profile(axis)}
@@ -93,4 +95,5 @@ class Compared:
                 if self.found.shape[axis] > 1 and (axis < len(self.axes) - 1 or axis == 0)
             ],
             "limit": limits.largest,
+            "floor": floor.largest,
         }

@@ -291,31 +291,38 @@ def failure_view(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measured_view(measured: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The statistics of a failing comparison against their limits, and errors along each axis."""
+    """The statistics of a failing comparison against their floors, and errors along each axis."""
     if not measured:
         return None
     rows = [
-        (each["name"], each.get("value"), each.get("limit"))
+        (each["name"], each.get("value"), each.get("floor"), each.get("limit"))
         for each in measured["statistics"]
         if isinstance(each, Mapping) and "name" in each
     ]
-    ratios = [plots.ratio(value, limit) for _, value, limit in rows]
+    ratios = [plots.ratio(value, limit) for _, value, _, limit in rows]
+    floors = [plots.ratio(floor, limit) if floor else None for _, _, floor, limit in rows]
     axis = plots.axis_of(ratios)
-    limit = measured.get("limit")
+    limit, floor = measured.get("limit"), measured.get("floor")
     return {
         "name": measured.get("name") or "output",
         "limit": limit,
+        "floor": floor,
         "axis": plots.statistic_axis(axis),
-        "rows": [(*row, each, plots.statistic_row(each, axis)) for row, each in zip(rows, ratios)],
+        "rows": [
+            (*row, each, plots.statistic_row(each, axis, below))
+            for row, each, below in zip(rows, ratios, floors)
+        ],
         "profiles": [
-            profile_view(str(each["axis"]), each["errors"], limit)
+            profile_view(str(each["axis"]), each["errors"], limit, floor)
             for each in measured["profiles"]
             if each.get("errors")
         ],
     }
 
 
-def profile_view(axis: str, errors: Sequence[float | None], limit: float | None) -> dict[str, Any]:
+def profile_view(
+    axis: str, errors: Sequence[float | None], limit: float | None, floor: float | None
+) -> dict[str, Any]:
     """Errors along one axis, as bars and in a sentence."""
     values = plots.binned(errors, len(errors))
     over = sum(each > limit for each in values) if limit is not None else None
@@ -323,7 +330,7 @@ def profile_view(axis: str, errors: Sequence[float | None], limit: float | None)
     above = "" if over is None else f"{over} of {len(values)} above the limit; "
     return {
         "axis": axis,
-        "bars": plots.profile_bars(errors, limit),
+        "bars": plots.profile_bars(errors, limit, floor),
         "last": len(values) - 1,
         "said": f"{above}largest {number(largest)} at {values.index(largest)}",
     }

@@ -59,8 +59,11 @@ def _place(each: float, axis: tuple[int, int]) -> float:
     return MARGIN + share * (WIDTH - 2 * MARGIN)
 
 
-def statistic_row(each: float, axis: tuple[int, int]) -> Markup:
-    """One statistic on its logarithmic axis, with the line of its limit."""
+def statistic_row(each: float, axis: tuple[int, int], floor: float | None = None) -> Markup:
+    """One statistic on its logarithmic axis, with the lines of its limit and of its floor.
+
+    All are multiples of the limit.
+    """
     x, limit, middle = _place(each, axis), _place(1.0, axis), 9
     over = each > 1
     parts = [
@@ -72,6 +75,8 @@ def statistic_row(each: float, axis: tuple[int, int]) -> Markup:
         f'<path class="stem{" over" if over else ""}" d="M{limit:.1f} {middle}H{x:.1f}"/>',
         f'<path class="limit" d="M{limit:.1f} 0V18"/>',
     ]
+    if floor is not None and floor < math.inf:
+        parts.append(f'<path class="floor" d="M{_place(floor, axis):.1f} 0V18"/>')
     if each == math.inf:
         parts.append(f'<path class="dot over" d="M{x - 7:.1f} 4l9 5l-9 5z"/>')
     else:
@@ -102,8 +107,10 @@ def binned(errors: Sequence[float | None], most: int = MOST_BARS) -> list[float]
     return [max(values[i : i + size]) for i in range(0, len(values), size)]
 
 
-def profile_bars(errors: Sequence[float | None], limit: float | None) -> Markup:
-    """Bars of the largest error at each index, on a logarithmic axis, with the line of the limit."""
+def profile_bars(
+    errors: Sequence[float | None], limit: float | None, floor: float | None = None
+) -> Markup:
+    """Bars of the largest error at each index, on a logarithmic axis, with limit and floor as lines."""
     bars, height = binned(errors), 48.0
     width = 480.0 / max(len(bars), 1)
     finite = [each for each in bars if 0 < each < math.inf]
@@ -127,9 +134,10 @@ def profile_bars(errors: Sequence[float | None], limit: float | None) -> Markup:
             f'y="{height - size:.1f}" width="{max(width - 2, 1):.1f}" height="{size:.1f}"/>'
         )
     total = 480.0
-    if limit:
-        y = height - tall(limit)
-        parts.append(f'<path class="limit" d="M0 {y:.1f}H{total:.1f}"/>')
+    for kind, line in (("limit", limit), ("floor", floor)):
+        if line and line < math.inf:
+            y = height - tall(line)
+            parts.append(f'<path class="{kind}" d="M0 {y:.1f}H{total:.1f}"/>')
     return svg(total, height, parts, "profile", stretched=True)
 
 
