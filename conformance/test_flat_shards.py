@@ -74,10 +74,9 @@ from conformance.harness.flat_damage import (
     assert_names_parameter,
     assert_other_model_refused,
     assert_refused_or_whole,
-    assert_survives,
-    assert_survives_rank,
     assert_unharmed,
 )
+from conformance.harness.flat_interrupted import assert_survives, assert_survives_rank
 from conformance.harness.flat_programs import (
     LOAD,
     POISON,

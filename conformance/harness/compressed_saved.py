@@ -30,7 +30,7 @@ from conformance.harness.compressed_files import (
 from conformance.harness.compressed_subject import Loaded, counted, load
 from conformance.harness.core_cases import PROJECTIONS
 from conformance.harness.failures import ConformanceFailure
-from conformance.harness.flat_damage import crash, in_child, stop_before
+from conformance.harness.flat_interrupted import crash, in_child, stop_before
 from conformance.harness.gpt_honesty import files_no_larger_than
 from conformance.harness.subject import Subject
 
