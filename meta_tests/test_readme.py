@@ -133,9 +133,11 @@ def test_a_sharded_model_runs_as_written(tmp_path, installed):
     sharding = tmp_path / "my_sharding.py"
     sharding.write_text(block_that_starts("python", "# my_sharding.py", ADAPTERS))
     command = block_that_starts("sh", "pytest --pyargs conformance --impl my_sharding", ADAPTERS)
-    result = run(f"{command.strip()} -n 2", tmp_path, installed)
+    # Two cases of each requirement: with all twelve on real ranks it takes minutes.
+    result = run(f"{command.strip()} -n 2 --smoke", tmp_path, installed)
     assert result.returncode == 0, result.stdout
     assert " failed" not in result.stdout
+    assert "verdict partial: smoke" in result.stdout
 
     mean = "p.grad /= dist.get_world_size()"
     sharding.write_text(sharding.read_text().replace(mean, "pass"))

@@ -6,6 +6,7 @@ all that was saved is there all the same.
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -89,7 +90,8 @@ def a_file_instead(directory: Path) -> None:
 
 def only_others(directory: Path) -> None:
     """Whatever is in the directory has nothing to do with a checkpoint."""
-    nothing_in_it(directory)
+    shutil.rmtree(directory)
+    directory.mkdir()
     (directory / "README.md").write_text("# Notes")
 
 
@@ -109,6 +111,8 @@ class Damaged:
     what: str
     names: tuple[str, ...]
     """The files that it happened to, or the directory."""
+    paths: tuple[str, ...]
+    """Theirs in the checkpoint."""
 
 
 def damaged_copies(one: Path, damage: Damage) -> list[Damaged]:
@@ -125,11 +129,29 @@ def damaged_copies(one: Path, damage: Damage) -> list[Damaged]:
     for number, paths in enumerate(places):
         copy = one.parent / f"{damage.__name__}-{number}" / one.name
         shutil.copytree(one, copy)
-        damage(*(copy / path.relative_to(one) for path in paths))
+        inside = tuple(str(path.relative_to(one)) for path in paths)
+        damage(*(copy / path for path in inside))
         names = tuple(path.name for path in paths)
         what = f"{' '.join(damage.__doc__.split())[:-1]}: {', '.join(names)}"
-        made.append(Damaged(copy, what, names))
+        made.append(Damaged(copy, what, names, inside))
     return made
+
+
+def copying(damage: Damage, copies: list[Damaged]) -> tuple[str, ...]:
+    """Lines that make the same copies of the checkpoint ``one``."""
+    signature, _, *does = inspect.getsource(damage).splitlines()  # without the docstring
+    lines = [
+        "import os, shutil; from pathlib import Path",
+        signature,
+        *does,
+        "def damaged_copy(name, *paths):",
+    ]
+    lines += ["    shutil.copytree(folder / 'one', folder / name)"]
+    lines += [f"    {damage.__name__}(*(folder / name / path for path in paths))"]
+    for copy in copies:
+        name = "/".join(copy.directory.parts[-2:])
+        lines.append(f"damaged_copy({', '.join(map(repr, (name, *copy.paths)))})")
+    return tuple(lines)
 
 
 def alike_outside(one: Path, two: Path) -> bool:
@@ -157,6 +179,7 @@ def attempts_at(
     copies = done_once(damaged_copies, place / "one", damage)
     if not copies:
         raise Inconclusive("the checkpoint has no two files of one size")
+    story.tell(*copying(damage, copies))
     loads = [("attempt", copy.directory) for copy in copies]
     gave = story.loads(case.loaded_on, ("outputs", 0), ("attempt", place / "one"), *loads)
     for each in gave:

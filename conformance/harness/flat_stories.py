@@ -251,7 +251,7 @@ class Story:
         self.base = self.call = case.call(*edits, **options)
         self.other = case.call(*edits, OTHER_VALUES, **options)
         self.told: list[tuple[int, Call, tuple[str, ...]]] = []
-        """How many ranks did what with a model that a call makes."""
+        """How many ranks did what with a model that a call makes; none where lines did it."""
 
     def on(self, ranks: int, *steps: tuple[Any, ...], of: Call | None = None) -> list[Any]:
         """Do the steps on so many ranks, with a new model, and give what each rank gives.
@@ -268,6 +268,10 @@ class Story:
             gave = on_ranks(self.subject, ranks, act, modules, options, *batches, steps)
         gave = [[unpacked(thing) for thing in each] for each in gave]
         return [each[0] if len(each) == 1 else each for each in gave]
+
+    def tell(self, *lines: str) -> None:
+        """What was done between, as lines, which know ``folder``."""
+        self.told.append((0, self.base, lines))
 
     def loads(self, ranks: int, *steps: tuple[Any, ...], of: Call | None = None) -> list[Any]:
         """The same with a model that is made with other parameters."""
@@ -356,6 +360,9 @@ def written(story: list[tuple[int, Call, tuple[str, ...]]]) -> Course:
     lines: list[str] = program.replace("ROWS", str(ROWS)).splitlines()
     known, model = first.lines, ""
     for number, (ranks, made, acts) in enumerate(story):
+        if not ranks:
+            lines += acts
+            continue
         further = made.lines[: len(known)] == known
         lines += made.lines[len(known) :] if further else made.lines
         known = made.lines
