@@ -290,9 +290,9 @@ folder = pathlib.Path(tempfile.mkdtemp())
 def started(rank, ranks, act, place):
     if ranks > 1: dist.init_process_group('gloo', f'file://{place}/meet', None, ranks, rank)
     out, own, seen = model(), slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks), []
-    def backward(n, factor=1.0):
+    def backward(n, last=True, factor=1.0):
         loss = (out.forward(inputs[0][n][own]).float() * upstream[0][n][own]).sum()
-        out.backward(loss * factor * ranks, last=True)
+        out.backward(loss * factor * ranks, last=last)
 ATTEMPT
     exec(act, globals(), locals())
     torch.save(seen, f'{place}/{rank}')
@@ -318,7 +318,7 @@ ACTS = {
     "train": "backward({}); out.step()",
     "train_clipped": "backward({}); "
     f"hasattr(out, 'clip_gradients') and out.clip_gradients({MAX_NORM}); out.step()",
-    "coast": "backward({}, 0.0); out.step()",
+    "coast": "backward({}, factor=0.0); out.step()",
     "outputs": "seen.append(out.forward(inputs[0][{}][own]).detach().clone())",
     "parameters": PARAMETERS,
     "set_parameters": "out.load_parameters({})",
@@ -331,13 +331,13 @@ ACTS = {
     "rank or [p.write_bytes(bytes(9)) for p in (folder / {}).rglob('*') if p.is_file()]; "
     "ranks > 1 and dist.barrier()",
 }
-"""The steps of a story as Python, on a rank; of arguments the first is named."""
+"""The steps of a story as Python, on a rank, with their first argument; ``backward`` with all."""
 
 
 def told(step: tuple[Any, ...]) -> str:
     """A step as Python."""
     name, *arguments = step
-    first = as_source(arguments[0]) if arguments else ""
+    first = ", ".join(map(as_source, arguments if name == "backward" else arguments[:1]))
     return ACTS[name].replace("{}", first) if name in ACTS else f"pass  # {name}"
 
 
