@@ -31,7 +31,7 @@ def child(job: dict) -> None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
         sys.path.insert(0, "")  # as python -m pytest has it
         sys.argv = ["pytest", *job["arguments"]]
-        status = int(pytest.console_main())
+        status = int(pytest.main())
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     finally:

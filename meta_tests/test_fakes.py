@@ -1,7 +1,6 @@
 """Adapters that misbehave end in a clear report and in bounded time."""
 
 import os
-import time
 
 import pytest
 from command_line import BOUND, ONE, ROOT, start, suite_run
@@ -47,9 +46,7 @@ def _start(name, tmp_path_factory):
     def run():
         folder = tmp_path_factory.mktemp("fake")
         adapter = f"{FAKES}:{name.split()[0]}"
-        began = time.monotonic()
-        done = suite_run(folder, "--impl", adapter, *arguments, only=only)
-        return done, time.monotonic() - began
+        return suite_run(folder, "--impl", adapter, *arguments, only=only)
 
     return start(("fake", name), run)
 
@@ -64,8 +61,8 @@ def ended(tmp_path_factory, request):
                 _start(name, tmp_path_factory)
 
     def of(name):
-        run, seconds = _start(name, tmp_path_factory).result(timeout=BOUND * 4)
-        assert seconds < 60, run.text
+        # Bounded time: what runs longer than BOUND is killed, which raises here.
+        run = _start(name, tmp_path_factory).result(timeout=BOUND * 4)
         assert "INTERNALERROR" not in run.out + run.err, run.text
         assert len(run.out) + len(run.err) < 60_000, "the output is not bounded"
         return run

@@ -12,9 +12,8 @@ from conformance.diagnosis.candidates import Candidate, candidates, caught_by, p
 from conformance.diagnosis.observation import FAILED, PASSED, SILENT, Observation, observe
 from conformance.diagnosis.signatures import signatures
 from conformance.harness.deadline import deadline
-from conformance.harness.failures import ConformanceFailure, TimedOut
+from conformance.harness.failures import DIED, HUNG, WAITING, ConformanceFailure, TimedOut
 from conformance.harness.gpu_lane import TIMED_OUT
-from conformance.harness.rank_pool import DIED, HUNG, WAITING
 from conformance.harness.requirement import Drawn, Requirement, all_requirements
 from conformance.harness.subject import Subject, first_line
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from conformance.harness.requirement import Requirement
 
 
+HUNG, WAITING, DIED = "rank hung", "ranks wait for each other", "rank died"
+"""Kinds of failure. A rank that waits in a collective is not to blame where another is stuck."""
+
+
 class ConformanceFailure(AssertionError):
     """The implementation breaks the rule that is being checked.
 

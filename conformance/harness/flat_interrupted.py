@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from conformance.harness.calls import Call, Course, course
-from conformance.harness.failures import ConformanceFailure, NotRun, failing_at
+from conformance.harness.failures import DIED, ConformanceFailure, NotRun, failing_at
 from conformance.harness.flat_checkpoint_cases import CheckpointCase
 from conformance.harness.flat_damage import same
 from conformance.harness.flat_folders import files_of, folder
 from conformance.harness.flat_stories import Attempt, Session, Story
-from conformance.harness.rank_pool import DIED, forked, on_ranks, under_torchrun
+from conformance.harness.rank_pool import forked, on_ranks, under_torchrun
 from conformance.harness.requirement import current_tally
 from conformance.harness.subject import Subject
 

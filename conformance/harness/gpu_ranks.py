@@ -23,16 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from conformance.harness import gpu_lane
-from conformance.harness.failures import ConformanceFailure, NotRun
-from conformance.harness.rank_pool import (
-    DIED,
-    HUNG,
-    WAITING,
-    Raised,
-    RankFunction,
-    RankPool,
-    Worker,
-)
+from conformance.harness.failures import DIED, HUNG, WAITING, ConformanceFailure, NotRun
+from conformance.harness.rank_pool import Raised, RankFunction, RankPool, Worker
 from conformance.harness.subject import Subject
 
 FIRST_PATIENCE = 50.0

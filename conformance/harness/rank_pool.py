@@ -37,6 +37,9 @@ import torch
 
 from conformance.harness import torchrun
 from conformance.harness.failures import (
+    DIED,
+    HUNG,
+    WAITING,
     ConformanceFailure,
     Declined,
     HarnessError,
@@ -89,9 +92,6 @@ class Raised:
         lines = traceback_lines(error)
         return cls("HarnessError", "", f"{type(error).__name__}: {first_line(error)}", lines)
 
-
-HUNG, WAITING, DIED = "rank hung", "ranks wait for each other", "rank died"
-"""Kinds of failure. A rank that waits in a collective is not to blame where another is stuck."""
 
 TRACEBACK_LINES = 6
 

@@ -17,6 +17,7 @@ from conformance.contracts import CONTRACTS
 from conformance.harness import gpu_lane, profiles
 from conformance.harness.deadline import DEFAULT_SECONDS, HARD_FACTOR, deadline
 from conformance.harness.failures import (
+    DIED,
     ConformanceFailure,
     Declined,
     HarnessError,
@@ -60,10 +61,19 @@ class Tally:
     """How far off each comparison was, for the numerics ledger."""
     failing: list[Drawn] = field(default_factory=list)
     """The first case that failed, and the last, which is the smallest."""
+    deadly: list[Drawn] = field(default_factory=list)
+    """Cases in which a rank died."""
 
-    def note_failing(self, drawn: Drawn) -> None:
+    def note_failing(self, drawn: Drawn, kind: str) -> None:
         """Keep a case that failed."""
         self.failing[1:] = [drawn]
+        if kind == DIED:
+            self.deadly.append(drawn)
+
+    def spare(self, drawn: Drawn) -> None:
+        """Raise where ranks died so often that no case that is new is worth starting others."""
+        if len(self.deadly) >= ENOUGH_DEATHS and drawn not in self.deadly:
+            raise Inconclusive("ranks died in earlier cases of this requirement")
 
 
 _tally: ContextVar[Tally | None] = ContextVar("tally", default=None)
@@ -157,6 +167,9 @@ class Requirement:
                 raise Inconclusive(f"{message}, of the {tally.drawn} that were drawn")
             raise HarnessError(f"{self.slug}: {message}")
 
+
+ENOUGH_DEATHS = 20
+"""After so many of one requirement it runs no further cases: new ranks take half a second each."""
 
 ENOUGH_CASES = 10
 """With fewer cases (a profile of one's own) none being telling is chance; with more, our fault."""
@@ -289,6 +302,7 @@ def _counted(record: Requirement, inner: Callable) -> Callable:
             gpu_lane.settle_arithmetic()
         by_design = record.confusable_by_design
         try:
+            tally.spare({"case": case, **others})
             if on_gpu:
                 case, fewer = gpu_lane.on_the_gpus_there_are(case, record.several_ranks)
                 by_design |= fewer
@@ -303,7 +317,7 @@ def _counted(record: Requirement, inner: Callable) -> Callable:
             tally.not_run[str(error)] += 1
         except Exception as error:
             if isinstance(error, ConformanceFailure):
-                tally.note_failing({"case": case, **others})
+                tally.note_failing({"case": case, **others}, error.kind)
             lost = gpu_lane.lost_by(error) if on_gpu else None
             if lost is None:
                 raise
