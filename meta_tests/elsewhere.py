@@ -96,8 +96,8 @@ def boolean_mask_as_a_bias(q, k, v, *, mask=None):
 
 @elsewhere("attn-sink-ignored", fails="attention.sinks.match-oracle")
 def sinks_have_no_effect(q, k, v, *, causal=False, sinks=None):
-    visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-    mask = visible if causal else None
+    visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    mask = visible.tril(k.shape[2] - q.shape[2]) if causal else None
     return F.scaled_dot_product_attention(q, repeated(k, q), repeated(v, q), attn_mask=mask)
 
 
@@ -118,7 +118,8 @@ def tiled_and_top_left(q, k, v, *, causal=False):
 def turned(x, positions, theta=10000.0, divide=1.0):
     """Neighbouring channels as complex numbers, turned."""
     width = x.shape[-1]
-    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    channels = torch.arange(0, width, 2, dtype=torch.float64, device=x.device)
+    frequencies = 1.0 / theta ** (channels / width)
     angles = positions[:, None, :, None].double() * frequencies / divide
     pairs = torch.view_as_complex(x.double().reshape(*x.shape[:-1], -1, 2).contiguous())
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
@@ -162,7 +163,7 @@ def positions_times_the_factor(x, positions, *, theta=10000.0, scaling=None):
 def dense(hidden, indices, weights, gate_up, down, *, exchanged=False, assign=False):
     """Outputs of all experts, combined by a [tokens, experts] matrix."""
     tokens, experts = hidden.shape[0], gate_up.shape[0]
-    table = torch.zeros(tokens, experts + 1, dtype=torch.float32)
+    table = hidden.new_zeros(tokens, experts + 1, dtype=torch.float32)
     for slot in range(indices.shape[1]):
         at = indices[:, slot : slot + 1]
         part = weights[:, slot : slot + 1].float()

@@ -95,7 +95,7 @@ class UnchangedFile:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite.
+    """Whether no value is NaN or infinite; of any shape and any real dtype.
 
     The extremes tell it without a temporary; ``isfinite`` makes several of the tensor's size, and the
     holes that they leave between the weights are counted as the loader's memory.

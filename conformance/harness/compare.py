@@ -46,11 +46,17 @@ def assert_tensor(
 
 
 def assert_close_to(
-    actual: Tensor, expectation: Expectation, call: Call, *, name: str = "output"
+    actual: Tensor,
+    expectation: Expectation,
+    call: Call,
+    *,
+    name: str = "output",
+    source: str | None = None,
 ) -> None:
     """``actual`` is within the limits of ``expectation``, finite where it is, infinite where it is.
 
-    Raises :class:`Inconclusive` for an ill-conditioned case.
+    ``source`` is ``actual`` as Python, after the call that leaves its result in ``out``; it may be
+    left out where the name says it. Raises :class:`Inconclusive` for an ill-conditioned case.
     """
     expected, lane = expectation.value, lane_of(call.dtype)
     if not expected.numel():
@@ -67,7 +73,7 @@ def assert_close_to(
             details=(f"{int(bad.sum())} of {bad.numel()} elements are not finite as they must be",),
             call=call,
             lane=lane,
-            shown_by=shown_by(name, at, expected),
+            shown_by=shown_by(name, at, expected, source),
             compared=compared,
         )
     if expectation.ill_conditioned:
@@ -86,7 +92,7 @@ def assert_close_to(
         details=(*statistics.table(expectation.limits), *where_worst(found, expected, name)),
         call=call,
         lane=lane,
-        shown_by=shown_by(name, worst_index(found, expected), expected),
+        shown_by=shown_by(name, worst_index(found, expected), expected, source),
         compared=compared,
     )
 
@@ -97,11 +103,14 @@ def worst_index(found: Tensor, expected: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
 
 
-def shown_by(name: str, at: tuple[int, ...], expected: Tensor) -> str:
+def shown_by(name: str, at: tuple[int, ...], expected: Tensor, source: str | None) -> str:
     """The line that prints one element of an output beside what it must be."""
-    variable = {"output": "out", "features": "out", "logits": "out"}.get(name, name)
-    value = f"{variable}{list(at)}.item()" if variable.isidentifier() else "out"
-    return f"print({value}, 'expected {name}{list(at)}: {expected[at]:.6g}')"
+    if source is None and name in ("output", "features", "logits"):
+        source = "out"
+    elif source is None and name.isidentifier():
+        source = name
+    value = f"{source}{list(at)}.item()" if source else "out"
+    return f"print({value}, 'expected {name}{list(at)}: {expected[at]:.9g}')"
 
 
 def where_worst(found: Tensor, expected: Tensor, name: str) -> tuple[str, ...]:

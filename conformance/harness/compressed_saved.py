@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import yaml
@@ -27,11 +25,19 @@ from conformance.harness.compressed_files import (
     read_weights,
     true_weights,
 )
-from conformance.harness.compressed_subject import Loaded, counted, load
+from conformance.harness.compressed_subject import Loaded, counted, load, saved_as
 from conformance.harness.core_cases import PROJECTIONS
 from conformance.harness.failures import ConformanceFailure
-from conformance.harness.flat_interrupted import crash, in_child, stop_before
+from conformance.harness.file_calls import (
+    AFTERWARDS,
+    CHANGED,
+    CONTENTS,
+    NOT_CHANGED,
+    ROOM_AGAIN,
+    room_for,
+)
 from conformance.harness.gpt_honesty import files_no_larger_than
+from conformance.harness.interruptions import IMPORTS, at_change, in_child, told_in_child
 from conformance.harness.subject import Subject
 
 
@@ -62,11 +68,25 @@ def older_folder(case: CompressedCase) -> tuple[str, ...]:
     )
 
 
+def again(loaded: Loaded) -> str:
+    """The line that loads what was saved."""
+    source = loaded.call.source().replace("(source", "(folder.name + '/saved'", 1)
+    return f"again = {source}.parameters()"
+
+
 def loading_again(loaded: Loaded) -> tuple[str, str]:
     """Lines that load what was saved, and show which weights differ from the model's."""
-    again = loaded.call.source().replace("(source", "(folder.name + '/saved'", 1)
     differ = "[n for n, p in out.parameters().items() if not torch.equal(p, again[n])]"
-    return f"again = {again}.parameters()", f"print('differ:', {differ}, '- expected none')"
+    return again(loaded), f"print('differ:', {differ}, '- expected none')"
+
+
+OLD = "old = {n: p.clone() for n, p in out.parameters().items()}"
+
+
+def old_or_new(loaded: Loaded) -> tuple[str, str]:
+    """Lines that load what was saved, and show whether it is :data:`OLD` or the model as it is."""
+    equal = "[all(torch.equal(again[n], m[n]) for n in m) for m in (old, out.parameters())]"
+    return again(loaded), f"print('old, new:', {equal}, '- expected one True')"
 
 
 def reading(name: str) -> str:
@@ -370,7 +390,7 @@ def assert_failing_save(subject: Subject, case: CompressedCase) -> None:
         loaded.save(str(target), case.format)
         before = digests(target.parent)
         loaded.change(lambda name: True)
-        shown = f"# the second save() has room for files of {limit} bytes"
+        loaded.done += *CONTENTS, *room_for(limit)
         try:
             with files_no_larger_than(limit):
                 loaded.save(str(target), case.format)
@@ -379,12 +399,14 @@ def assert_failing_save(subject: Subject, case: CompressedCase) -> None:
                 raise
         else:
             summary = f"save() returns although no file could be larger than {limit} bytes"
-            raise loaded.wrong("accepted", summary, shown)
+            raise loaded.wrong("accepted", summary, ROOM_AGAIN, FILES)
         counted()
         after = digests(target.parent)
         if after != before:
             changed = sorted(set(before.items()) ^ set(after.items()))[0][0]
-            raise loaded.wrong("half written", f"a save that failed changed {changed}", shown)
+            loaded.done[-1] = f"with contextlib.suppress(Exception): {loaded.done[-1]}"
+            looks = ROOM_AGAIN, AFTERWARDS, f"out = {CHANGED}", NOT_CHANGED
+            raise loaded.wrong("half written", f"a save that failed changed {changed}", *looks)
 
 
 def assert_interrupted(subject: Subject, case: CompressedCase) -> None:
@@ -396,16 +418,17 @@ def assert_interrupted(subject: Subject, case: CompressedCase) -> None:
     with place() as target:
         loaded.save(str(target), case.format)
         old = own(loaded)
+        loaded.done.append(OLD)
         loaded.change(lambda name: True)
         new, number = own(loaded), case.which % 48
-        save = functools.partial(loaded.model.save, format=case.format)
-        session = SimpleNamespace(driver=SimpleNamespace(model=SimpleNamespace(save=save)))
-        in_child(session, target, lambda: stop_before(number, crash))
+        killed = at_change(number)
+        in_child(lambda: loaded.model.save(str(target), format=case.format), killed)
+        loaded.done += IMPORTS, *told_in_child(saved_as(case.format), killed)
         counted()
         there = [target] if target.exists() else [p for p in target.parent.iterdir() if p.is_dir()]
         if not any(is_whole(folder, loaded, (old, new)) for folder in there):
             summary = f"a save that was killed at change {number} of files left neither checkpoint"
-            raise loaded.wrong("half written", summary, FILES)
+            raise loaded.wrong("half written", summary, FILES, *old_or_new(loaded))
 
 
 def is_whole(folder: Path, loaded: Loaded, either: tuple[dict[str, Tensor], ...]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -64,15 +65,24 @@ class Loaded:
 
     def save(self, directory: str, format: str) -> None:
         """Save; declined by a model that cannot."""
-        with failing_at(self.call), errors_named("save"):
+        with self._doing(saved_as(format)), errors_named("save"):
             self._offered("save")(directory, format=format)
-        self.done.append(f"out.save(folder.name + '/saved', format={format!r})")
 
     def export(self, directory: str) -> None:
         """Export; declined by a model that cannot."""
-        with failing_at(self.call), errors_named("export"):
+        with self._doing("out.export(folder.name + '/saved')"), errors_named("export"):
             self._offered("export")(directory)
-        self.done.append("out.export(folder.name + '/saved')")
+
+    @contextmanager
+    def _doing(self, line: str) -> Iterator[None]:
+        """What is done now as a line: it is the last one of a failure that is raised meanwhile."""
+        self.done.append(line)
+        try:
+            with failing_at(self.call):
+                yield
+        except ConformanceFailure as failure:
+            failure.shown_by = self.shown()
+            raise
 
     def _offered(self, name: str) -> Callable[..., Any]:
         method = getattr(self.model, name, None)
@@ -101,6 +111,11 @@ class Loaded:
         """A failure of this model, which these lines see."""
         looks = looks or ("print(out)",)
         return ConformanceFailure(kind, summary, call=self.call, shown_by=self.shown(*looks))
+
+
+def saved_as(format: str) -> str:
+    """The line that saves the model."""
+    return f"out.save(folder.name + '/saved', format={format!r})"
 
 
 def counted() -> None:

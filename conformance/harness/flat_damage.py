@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +21,7 @@ from conformance.harness.failures import ConformanceFailure, Inconclusive
 from conformance.harness.flat_checkpoint_cases import CheckpointCase
 from conformance.harness.flat_checks import assert_parameters
 from conformance.harness.flat_folders import done_once, files_of, folder
-from conformance.harness.flat_stories import OTHER_VALUES, Attempt, Story
+from conformance.harness.flat_stories import OTHER_VALUES, Attempt, Story, same
 from conformance.harness.requirement import current_tally
 from conformance.harness.subject import Subject, bitwise_equal
 
@@ -160,11 +160,6 @@ def alike_outside(one: Path, two: Path) -> bool:
 
 
 # Refused
-
-
-def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
-    """Whether all tensors are the same, bit for bit."""
-    return all(bitwise_equal(one[name], two[name]) for name in two)
 
 
 def attempts_at(

@@ -24,28 +24,37 @@ from conformance.harness.flat_oracle import MAX_NORM
 from conformance.harness.flat_programs import load_optimizers
 from conformance.harness.flat_subject import ByName, Driver, make
 from conformance.harness.rank_pool import on_ranks
-from conformance.harness.subject import Subject, first_line
+from conformance.harness.subject import Subject, bitwise_equal, first_line
 
 # On the ranks
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the model of a call is made of, and the batches that it is fed with."""
+
+    modules: list[nn.Module]
+    options: dict[str, Any]
+    inputs: list[Tensor]
+    upstream: list[Tensor]
+
+    @classmethod
+    def of(cls, call: Call) -> Material:
+        """That of a call."""
+        [modules], options = call.values()
+        return cls(modules, options, call.named("inputs")[0], call.named("upstream")[0])
 
 
 class Session:
     """A model on one rank, and what can be done with it: every method is a step of a story."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        modules: list[nn.Module],
-        options: dict[str, Any],
-        inputs: list[Tensor],
-        upstream: list[Tensor],
-    ) -> None:
+    def __init__(self, subject: Subject, material: Material) -> None:
         import torch.distributed as dist
 
         there = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
-        self.making = subject, modules, options
-        self.inputs, self.upstream = inputs, upstream
+        self.making = subject, material.modules, material.options
+        self.inputs, self.upstream = material.inputs, material.upstream
         self.make()
 
     def make(self) -> None:
@@ -204,16 +213,14 @@ class Attempt:
     """Parameters after a further step; after an error the model's outputs, or None."""
 
 
-def act(
-    subject: Subject,
-    modules: list[nn.Module],
-    options: dict[str, Any],
-    inputs: list[Tensor],
-    upstream: list[Tensor],
-    steps: tuple[tuple[Any, ...], ...],
-) -> list[Any]:
+def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    """Whether all tensors of ``two`` are the same in ``one``, bit for bit."""
+    return all(bitwise_equal(one[name], two[name]) for name in two)
+
+
+def act(subject: Subject, material: Material, steps: tuple[tuple[Any, ...], ...]) -> list[Any]:
     """Make a model and do one step after another; what those that give something gave."""
-    session = Session(subject, modules, options, inputs, upstream)
+    session = Session(subject, material)
     gave = [getattr(session, name)(*arguments) for name, *arguments in steps]
     return [packed(each) for each in gave if each is not None]
 
@@ -261,11 +268,9 @@ class Story:
         made = of or self.base
         self.told.append((ranks, made, tuple(map(told, steps))))
         self.call = written(self.told)
-        [modules], options = made.values()
-        batches = [made.named(name)[0] for name in ("inputs", "upstream")]
         load_optimizers()
         with failing_at(self.call):
-            gave = on_ranks(self.subject, ranks, act, modules, options, *batches, steps)
+            gave = on_ranks(self.subject, ranks, act, Material.of(made), steps)
         gave = [[unpacked(thing) for thing in each] for each in gave]
         return [each[0] if len(each) == 1 else each for each in gave]
 
@@ -286,7 +291,8 @@ OTHER_VALUES = "for p in parameters.values(): p.data = 1.25 * p.data + 0.125"
 
 PROGRAM = """\
 import copy, pathlib, tempfile, torch.distributed as dist, torch.multiprocessing as mp
-folder = pathlib.Path(tempfile.mkdtemp())
+made = tempfile.TemporaryDirectory()
+folder = pathlib.Path(made.name)
 def started(rank, ranks, act, place):
     if ranks > 1: dist.init_process_group('gloo', f'file://{place}/meet', None, ranks, rank)
     out, own, seen = model(), slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks), []
@@ -297,7 +303,7 @@ ATTEMPT
     exec(act, globals(), locals())
     torch.save(seen, f'{place}/{rank}')
 def on(ranks, act):
-    place = tempfile.mkdtemp()
+    place = tempfile.mkdtemp(dir=made.name)
     mp.start_processes(started, (ranks, act, place), ranks, start_method='fork')
     return [torch.load(f'{place}/{rank}') for rank in range(ranks)]
 """
@@ -372,5 +378,5 @@ def written(story: list[tuple[int, Call, tuple[str, ...]]]) -> Course:
         model = maker
         act = f"on({ranks}, {'; '.join(acts)!r})"
         if number < len(story) - 1:
-            lines.append(f"print({act})" if "seen" in act else act)
+            lines.append(f"seen_{number} = {act}" if "seen" in act else act)
     return course(first, *lines, result=act)

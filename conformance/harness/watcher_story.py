@@ -268,18 +268,19 @@ def definitions() -> dict[str, str]:
     source = inspect.getsource(watcher_program)
     found: dict[str, str] = {}
     for node in ast.parse(source).body:
-        text = without_docstring(node, source)
+        text = source_without_docstring(node, source)
         if isinstance(node, ast.Import):
             found[node.names[0].name.split(".")[0]] = text
         elif isinstance(node, ast.FunctionDef):
             found[node.name] = text
         elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            found[target.id] = "\n".join([*filter(None, [found.get(target.id)]), text])
+            before = f"{found[target.id]}\n" if target.id in found else ""  # of x = ..., x |= ...
+            found[target.id] = before + text
     return found
 
 
-def without_docstring(node: ast.stmt, source: str) -> str:
+def source_without_docstring(node: ast.stmt, source: str) -> str:
     """The source text of a statement; that of a function without what its docstring says."""
     lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
     if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
