@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -67,6 +68,23 @@ def test_a_documented_bug_of_other_code_is_named(name):
 
 def entry(id):
     return all_known_bugs()[id].entry
+
+
+def test_documented_bugs_of_other_code_are_named_on_another_device():
+    """A simulated GPU, in a process of its own: the harness moves tensors there for the search, too."""
+    variables = environment(installed=False)
+    variables["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "meta_tests")))
+    ended = subprocess.run(
+        [sys.executable, ROOT / "meta_tests" / "elsewhere_on_gpu.py", "--simulated"],
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = {line["name"]: line for line in map(json.loads, ended.stdout.splitlines())}
+    assert found.keys() == ELSEWHERE.keys()
+    for name, line in found.items():
+        assert {entry(id) for id in line["named"]} == {entry(id) for id in line["is"]}, name
 
 
 def test_the_message_cites_bug_and_rule_and_ends_with_the_reproduction():

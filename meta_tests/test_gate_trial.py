@@ -65,6 +65,7 @@ def test_the_recorded_trials_meet_the_bars(file):
     record = json.loads(file.read_text())
     settings = record["settings"]
     plan = trial.planned(settings["runs"], settings["inject"], settings["injected_runs"])
-    assert [each["injected_percent"] for each in record["runs"]] == plan
+    # One that went on with another number of delayed runs has them at other places.
+    assert Counter(each["injected_percent"] for each in record["runs"]) == Counter(plan)
     assert record["verdicts"] == trial.counted(record["runs"])
     assert trial.broken(record["runs"], 3.0 if settings["device"] == "cuda" else 5.0) == []
