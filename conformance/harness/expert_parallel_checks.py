@@ -23,6 +23,7 @@ from conformance.harness.moe_block_checks import counted
 from conformance.harness.moe_block_oracle import block_choice, expected_block
 from conformance.harness.rank_pool import on_ranks
 from conformance.harness.requirement import current_tally
+from conformance.harness.shown import shown_on_rank
 from conformance.harness.subject import Subject, errors_named
 from conformance.harness.tolerance import Expectation, expect
 
@@ -129,7 +130,9 @@ def assert_outputs(expert_parallel_block: Subject, case: ParallelBlockCase, *lin
         expectation = expected_block(call).expectation("output 0")
         for rank, each in enumerate(run(expert_parallel_block, edited)):
             name = f"output of rank {rank}"
-            assert_close_to(counted(each.output, call), expectation, shown(edited), name=name)
+            found = counted(each.output, call)
+            with shown_on_rank(rank, case.ranks):
+                assert_close_to(found, expectation, shown(edited), name=name, source="out")
 
     in_every_lane(case, check, "cpu")
 

@@ -214,8 +214,13 @@ class LayerCase:
 class LayerCall(Call):
     """A call that makes a layer, and the call of the layer."""
 
+    applied: bool = True
+    """Whether the layer is called; else the result is the layer."""
+
     def source(self) -> str:
         """Both, on the rank whose number is ``rank``."""
+        if not self.applied:
+            return super().source()
         rank = 0 if self.case.ranks == 1 else "rank"
         return f"{super().source()}(*inputs[{rank}])"
 

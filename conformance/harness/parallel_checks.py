@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from conformance.harness.parallel_oracle import (
 )
 from conformance.harness.rank_pool import on_ranks
 from conformance.harness.requirement import current_tally
+from conformance.harness.shown import shown_on_rank
 from conformance.harness.subject import Subject, changes_caught, errors_named
 
 # On the ranks
@@ -188,7 +190,9 @@ def assert_outputs(ran: list[Ran], call: LayerCall) -> None:
             part = lambda full: output_part(case, number, full, rank % case.size)  # noqa: B023
             expected = whole.expectation(f"output {number}", part)
             name = named(case, rank, "output" if whole.outputs == 1 else f"output {number}")
-            assert_value(output, expected, call, name)
+            source = "out" if whole.outputs == 1 else f"out[{number}]"
+            with shown_on_rank(rank, case.ranks):
+                assert_value(output, expected, call, name, source)
 
 
 def named(case: LayerCase, rank: int, what: str) -> str:
@@ -196,7 +200,9 @@ def named(case: LayerCase, rank: int, what: str) -> str:
     return what if case.ranks == 1 else f"{what} of rank {rank}"
 
 
-def assert_value(output: Any, expected: Any, call: LayerCall, name: str) -> None:
+def assert_value(
+    output: Any, expected: Any, call: LayerCall, name: str, source: str | None = None
+) -> None:
     """A tensor of the expected shape in the call's dtype, within the limits."""
     wide = call.case.kind == "cross_entropy" and name.startswith("output")
     dtype = torch.promote_types(call.dtype, torch.float32) if wide else call.dtype
@@ -205,7 +211,7 @@ def assert_value(output: Any, expected: Any, call: LayerCall, name: str) -> None
         dtype = call.dtype
     shape = tuple(expected.value.shape)
     assert_tensor(found, shape, dtype, torch.device("cpu"), call=call, name=name)
-    assert_close_to(found, expected, call, name=name)
+    assert_close_to(found, expected, call, name=name, source=source)
 
 
 def assert_layer(parallel_linear: Subject, case: LayerCase, *edits: str) -> None:
@@ -308,12 +314,24 @@ def assert_held(parallel_linear: Subject, case: LayerCase) -> None:
     full = named_weights(case, call.named("weights"))
     for rank, each in enumerate(ran):
         for name, weight in full.items():
-            if name not in each.shards:
-                found = ", ".join(each.shards) or "none"
-                summary = f"shards() of rank {rank} has no {name}: {found}"
-                raise ConformanceFailure("missing weight", summary, call=call)
-            expected = held(case, name, weight, rank % case.size)
-            assert_elements(each.shards[name], expected, full, named(case, rank, name), call)
+            with shown_on_rank(rank, case.ranks), shown_by_layer("print(out.shards())"):
+                if name not in each.shards:
+                    found = ", ".join(each.shards) or "none"
+                    summary = f"shards() of rank {rank} has no {name}: {found}"
+                    raise ConformanceFailure("missing weight", summary, call=call)
+                expected = held(case, name, weight, rank % case.size)
+                assert_elements(each.shards[name], expected, full, named(case, rank, name), call)
+
+
+@contextmanager
+def shown_by_layer(line: str) -> Iterator[None]:
+    """A failure in here is of a layer, whatever it computes: ``line`` sees it in ``out``."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        failure.call = replace(failure.call, applied=False)
+        failure.shown_by = line
+        raise
 
 
 def assert_elements(
@@ -376,7 +394,17 @@ def assert_drawn(parallel_linear: Subject, case: LayerCase) -> None:
                 if rows and alike != expected:
                     found = "draw the same" if alike else "draw different numbers for one"
                     summary = f"ranks {one} and {other} {found} {name}"
-                    raise ConformanceFailure("wrong initialisation", summary, call=call)
+                    layer = replace(call, applied=False)
+                    raise ConformanceFailure(
+                        "wrong initialisation", summary, call=layer, shown_by=DRAWN
+                    )
+
+
+DRAWN = """\
+_ = torch.manual_seed(7)
+out.reset_parameters()
+print(f'rank {rank}:', out.shards())"""
+"""What draws the weights anew, and shows them."""
 
 
 # Communication

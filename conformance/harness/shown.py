@@ -11,15 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from conformance.harness.calls import Call, Course
 from conformance.harness.failures import ConformanceFailure
-
-if TYPE_CHECKING:
-    from conformance.harness.calls import Call
 
 PLAIN = "print(out)"
 """What shows a failure of which nobody has said what shows it."""
@@ -221,6 +219,20 @@ def no_gradient(name: str) -> str:
     )
 
 
+# Several ranks
+
+
+@contextmanager
+def shown_on_rank(rank: int, ranks: int) -> Iterator[None]:
+    """A failure in here is of one of several ranks, which all run the lines; that one prints."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        if ranks > 1:
+            failure.shown_by = f"if rank == {rank}: {failure.shown_by}"
+        raise
+
+
 # Printing
 
 
@@ -243,7 +255,7 @@ def shown_by_kind(failure: ConformanceFailure) -> tuple[tuple[str, ...], str]:
     of_rank = re.fullmatch(
         r"print\(out, '(expected ([\w.]+) of rank (\d+)(\[[\d, ]*\]): .*)'\)", failure.shown_by
     )
-    if of_rank:  # `out` has, for each rank, what it has seen
+    if of_rank and isinstance(failure.call, Course):  # `out` has, by rank, what it has seen
         said, name, rank, at = of_rank.groups()
         return (), f"print(out[{rank}][-1][{name!r}]{at}.item(), {said!r})"
     if failure.shown_by != PLAIN:
