@@ -53,19 +53,36 @@ def test_verdicts_are_counted_by_slowdown():
 
 def test_a_trial_goes_on_where_it_stood_and_not_with_other_settings(tmp_path):
     file = tmp_path / "record.json"
-    file.write_text(json.dumps({"settings": {"runs": 2}, "runs": [run(0.0, a="OK")]}))
-    assert len(trial.read_record(file, {"runs": 2})["runs"]) == 1
-    with pytest.raises(SystemExit, match="is of a trial with other settings"):
-        trial.read_record(file, {"runs": 3})
+    settings = {"runs": 2, "inject": [10.0], "injected_runs": 3, "impl": "a"}
+    file.write_text(json.dumps({"settings": settings, "runs": [run(0.0, a="OK")]}))
+    assert trial.read_record(file, settings) == {"settings": settings, "runs": [run(0.0, a="OK")]}
+    with pytest.raises(
+        SystemExit, match="of a trial with other settings: impl is 'a', asked for 'b'"
+    ):
+        trial.read_record(file, settings | {"impl": "b"})
     assert trial.read_record(tmp_path / "none.json", {})["runs"] == []
+
+
+def test_a_trial_that_goes_on_with_other_numbers_of_runs_says_so(tmp_path):
+    file = tmp_path / "record.json"
+    settings = {"runs": 4, "inject": [10.0], "injected_runs": 3}
+    assert trial.planned(4, [10.0], 3) == [0.0, 10.0, 0.0, 10.0, 0.0, 10.0, 0.0]
+    record = {"settings": settings, "runs": [run(percent, a="OK") for percent in (0.0, 10.0)]}
+    file.write_text(json.dumps(record))
+    changed = trial.read_record(file, settings | {"injected_runs": 1})
+    assert changed["settings"] == settings, "as it was planned"
+    assert changed["changes"] == [{"after": 2, "runs": 4, "injected_runs": 1}]
+    assert trial.planned(4, [10.0], 1) == [0.0, 0.0, 10.0, 0.0, 0.0]
+    assert trial.schedule(changed) == [0.0, 10.0, 10.0, 0.0, 0.0]
+    file.write_text(json.dumps(changed))
+    again = trial.read_record(file, settings | {"injected_runs": 1})
+    assert again["changes"] == changed["changes"], "nothing changed since"
 
 
 @pytest.mark.parametrize("file", RECORDS, ids=lambda file: file.stem)
 def test_the_recorded_trials_meet_the_bars(file):
     record = json.loads(file.read_text())
-    settings = record["settings"]
-    plan = trial.planned(settings["runs"], settings["inject"], settings["injected_runs"])
-    # One that went on with another number of delayed runs has them at other places.
-    assert Counter(each["injected_percent"] for each in record["runs"]) == Counter(plan)
+    assert [each["injected_percent"] for each in record["runs"]] == trial.schedule(record)
     assert record["verdicts"] == trial.counted(record["runs"])
-    assert trial.broken(record["runs"], 3.0 if settings["device"] == "cuda" else 5.0) == []
+    detects = 3.0 if record["settings"]["device"] == "cuda" else 5.0
+    assert trial.broken(record["runs"], detects) == []

@@ -6,7 +6,7 @@
 The same adapter is base and head: so many times as it is (A/A), and so many times with the head
 delayed by each of the injected slowdowns. The record has the verdict on every benchmark of every run,
 and how far two copies of the base were apart; it is written after every run, and a trial that was
-broken off goes on where it stood.
+broken off goes on where it stood. It may go on with other numbers of runs, which the record says.
 
 The bars: no A/A run says REGRESSED; no run with a slowdown of at least what the gate promises to find
 says OK of any benchmark. Exit status 1 says that one is not met.
@@ -32,6 +32,8 @@ Record = dict[str, Any]
 
 MODULE = "conformance.benchmarks.gate_trial"
 UNCHANGED = 0.0
+NUMBERS = ("runs", "injected_runs")
+"""The settings that may be others when a trial goes on."""
 
 
 def planned(runs: int, injected: Sequence[float], injected_runs: int) -> list[float]:
@@ -39,6 +41,17 @@ def planned(runs: int, injected: Sequence[float], injected_runs: int) -> list[fl
     kinds = [(UNCHANGED, runs), *((percent, injected_runs) for percent in injected)]
     places = [((n + 0.5) / number, kind) for kind, number in kinds for n in range(number)]
     return [kind for _, kind in sorted(places)]
+
+
+def schedule(record: Record) -> list[float]:
+    """The slowdowns of all runs of a trial: as it was planned, and from each change on as changed."""
+    settings = dict(record["settings"])
+    runs = planned(settings["runs"], settings["inject"], settings["injected_runs"])
+    for change in record.get("changes", []):
+        settings |= {name: change[name] for name in NUMBERS}
+        changed = planned(settings["runs"], settings["inject"], settings["injected_runs"])
+        runs[change["after"] :] = changed[change["after"] :]
+    return runs
 
 
 def one_run(options: argparse.Namespace, percent: float) -> Record:
@@ -133,13 +146,26 @@ def table(runs: Sequence[Record]) -> str:
 
 
 def read_record(file: Path | None, settings: Record) -> Record:
-    """The record so far, if it is of a trial with these settings; else an empty one."""
-    if file is not None and file.exists():
-        record = json.loads(file.read_text())
-        if record.get("settings") == settings:
-            return record
-        raise SystemExit(f"{file} is of a trial with other settings: name another file")
-    return {"benchmark": MODULE, "settings": settings, "machine": machine(), "runs": []}
+    """The record so far, or an empty one; it says so if the numbers of runs are others from here on."""
+    if file is None or not file.exists():
+        return {"benchmark": MODULE, "settings": settings, "machine": machine(), "runs": []}
+    record = json.loads(file.read_text())
+    changes = record.get("changes", [])
+    before = record["settings"] | {
+        k: v for change in changes for k, v in change.items() if k in NUMBERS
+    }
+    other = {
+        name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)
+    }
+    if not other <= {*NUMBERS}:
+        listed = ", ".join(
+            f"{k} is {before.get(k)!r}, asked for {settings.get(k)!r}" for k in sorted(other)
+        )
+        raise SystemExit(f"{file} is of a trial with other settings: {listed}; name another file")
+    if other:
+        numbers = {name: settings[name] for name in NUMBERS}
+        record["changes"] = [*changes, {"after": len(record["runs"]), **numbers}]
+    return record
 
 
 def main() -> int:
@@ -160,7 +186,7 @@ def main() -> int:
     options.inject = options.inject or [10.0]
     settings = {key: value for key, value in vars(options).items() if key != "output"}
     record = read_record(options.output, settings)
-    plan = planned(options.runs, options.inject, options.injected_runs)
+    plan = schedule(record)
     for number, percent in enumerate(plan[len(record["runs"]) :], len(record["runs"]) + 1):
         print(f"run {number} of {len(plan)}: +{percent:g} %", file=sys.stderr, flush=True)
         record["runs"].append(one_run(options, percent))
