@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from command_line import ONE, ROOT, environment
+from diagnosing import LONG, failed
 from elsewhere import ELSEWHERE
 from mutants import MUTANTS
 from test_near_misses import NEAR
@@ -21,16 +22,11 @@ from conformance.harness import data, profiles
 from conformance.harness.compared import Compared, axes_of
 from conformance.harness.failures import ConformanceFailure
 from conformance.harness.requirement import all_requirements
-from conformance.harness.subject import Subject
 from conformance.harness.tolerance import ErrorStatistics, Expectation
 from conformance.known_bugs import all_known_bugs
 
 BUGS = all_known_bugs()
 RECORDED = data.diagnosis()
-
-
-LONG = 300.0
-"""Seconds: what is named here must not depend on how busy the machine is."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +35,6 @@ def as_at_the_start_of_a_run():
     search.forget()
     with profiles.temporarily(profiles.without_shrinking(profiles.PROFILES["gate"])):
         yield
-
-
-def failed(slug, method, *, seconds=LONG):
-    """The failure of a requirement against a method, and what it is."""
-    requirement = all_requirements()[slug]
-    subject = Subject(requirement.contract, method)
-    with pytest.raises(ConformanceFailure) as caught:
-        requirement.check(subject)
-    failure = caught.value
-    failing = requirement.last_tally.failing
-    failure.diagnosis = search.diagnose(requirement, subject, failure, failing, seconds=seconds)
-    return failure, failure.diagnosis
 
 
 def named(found):

@@ -43,14 +43,21 @@ def planned(runs: int, injected: Sequence[float], injected_runs: int) -> list[fl
     return [kind for _, kind in sorted(places)]
 
 
+def stages(record: Record) -> list[tuple[int, Record]]:
+    """The settings of a trial and of each change of them, with the number of runs before it."""
+    found = [(0, dict(record["settings"]))]
+    for change in record.get("changes", []):
+        numbers = {name: change[name] for name in NUMBERS}
+        found.append((change["after"], found[-1][1] | numbers))
+    return found
+
+
 def schedule(record: Record) -> list[float]:
     """The slowdowns of all runs of a trial: as it was planned, and from each change on as changed."""
-    settings = dict(record["settings"])
-    runs = planned(settings["runs"], settings["inject"], settings["injected_runs"])
-    for change in record.get("changes", []):
-        settings |= {name: change[name] for name in NUMBERS}
-        changed = planned(settings["runs"], settings["inject"], settings["injected_runs"])
-        runs[change["after"] :] = changed[change["after"] :]
+    runs: list[float] = []
+    for after, settings in stages(record):
+        plan = planned(settings["runs"], settings["inject"], settings["injected_runs"])
+        runs[after:] = plan[after:]
     return runs
 
 
@@ -150,21 +157,15 @@ def read_record(file: Path | None, settings: Record) -> Record:
     if file is None or not file.exists():
         return {"benchmark": MODULE, "settings": settings, "machine": machine(), "runs": []}
     record = json.loads(file.read_text())
-    changes = record.get("changes", [])
-    before = record["settings"] | {
-        k: v for change in changes for k, v in change.items() if k in NUMBERS
-    }
-    other = {
-        name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)
-    }
-    if not other <= {*NUMBERS}:
-        listed = ", ".join(
-            f"{k} is {before.get(k)!r}, asked for {settings.get(k)!r}" for k in sorted(other)
-        )
+    _, before = stages(record)[-1]
+    other = sorted(name for name in settings if before.get(name) != settings[name])
+    refused = [name for name in other if name not in NUMBERS]
+    if refused:
+        listed = ", ".join(f"{n} is {before.get(n)!r}, asked for {settings[n]!r}" for n in refused)
         raise SystemExit(f"{file} is of a trial with other settings: {listed}; name another file")
     if other:
-        numbers = {name: settings[name] for name in NUMBERS}
-        record["changes"] = [*changes, {"after": len(record["runs"]), **numbers}]
+        change = {"after": len(record["runs"]), **{name: settings[name] for name in NUMBERS}}
+        record.setdefault("changes", []).append(change)
     return record
 
 
