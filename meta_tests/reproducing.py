@@ -1,7 +1,7 @@
 """Runs the lines that reproduce failures, each against the bug and against the reference.
 
 A process of its own, which has never differentiated anything: lines may fork. It reads ids of planted
-bugs from its arguments and prints a line of JSON for each.
+bugs from its input, or module:register:name of near misses, and answers each with a line of JSON.
 """
 
 import contextlib
@@ -9,12 +9,16 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from importlib import import_module
+from typing import Any, NoReturn
 
 import torch
+from mutants import Broken
 
 from conformance.harness import profiles
 from conformance.harness.failures import ConformanceFailure
@@ -23,21 +27,33 @@ from conformance.harness.requirement import all_requirements
 from conformance.known_bugs import PlantedBug, all_known_bugs
 
 SECONDS = 60
-FROM_BUG = (
-    "from conformance.known_bugs import all_known_bugs as all_of",
-    "adapter = all_of()[{!r}]",
-)
-FROM_REFERENCE = (
+BROKEN = "as broken"
+"""How a line ends that imports bugs or near misses; the next one makes the adapter."""
+OF_REFERENCE = (
     "from conformance.implementations.reference import Reference",
     "adapter = Reference()",
 )
 
 
-def failure_of(bug: PlantedBug) -> dict[str, Any]:
+def named(id: str) -> tuple[PlantedBug | Broken, tuple[str, ...]]:
+    """A planted bug, or a near miss, and the lines that make its adapter."""
+    if ":" not in id:
+        made = f"adapter = broken()[{id!r}].make()"
+        return all_known_bugs()[id], (
+            f"from conformance.known_bugs import all_known_bugs {BROKEN}",
+            made,
+        )
+    module, register, name = id.split(":")
+    made = f"adapter = broken[{name!r}].make()"
+    bug = getattr(import_module(module), register)[name]
+    return bug, (f"from {module} import {register} {BROKEN}", made)
+
+
+def failure_of(id: str) -> dict[str, Any]:
     """How the requirement fails that a bug breaks, and the lines that reproduce it."""
     settings = profiles.without_shrinking(profiles.PROFILES["gate"])
-    getter, made = FROM_BUG
-    lines = (getter, f"{made.format(bug.id)}.make()", f"{bug.contract} = adapter.{bug.contract}")
+    bug, made = named(id)
+    lines = (*made, f"{bug.contract} = adapter.{bug.contract}")
     with profiles.temporarily(settings):
         try:
             all_requirements()[bug.breaks].check(getattr(bug.make(), bug.contract))
@@ -48,21 +64,13 @@ def failure_of(bug: PlantedBug) -> dict[str, Any]:
                 "ranks": getattr(failure.call.case, "ranks", 1),
                 "lines": reproduction(failure),
             }
-    raise AssertionError(f"{bug.breaks} passes for {bug.id}")
+    raise AssertionError(f"{bug.breaks} passes for {id}")
 
 
 def of_reference(lines: list[str]) -> list[str]:
     """The same lines with the reference in the place of the bug."""
-    getter, made = FROM_BUG
-    begin = made.split("[", maxsplit=1)[0]
-    return [
-        FROM_REFERENCE[0]
-        if line == getter
-        else FROM_REFERENCE[1]
-        if line.startswith(begin)
-        else line
-        for line in lines
-    ]
+    at = next(number for number, line in enumerate(lines) if line.endswith(BROKEN))
+    return [*lines[:at], *OF_REFERENCE, *lines[at + 2 :]]
 
 
 def ran(lines: list[str]) -> dict[str, Any]:
@@ -89,40 +97,69 @@ def without_places(text: str) -> str:
 
 def in_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``work`` gives, done in a forked process."""
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(read)
-        signal.alarm(SECONDS)
-        try:
-            found = work()
-        except BaseException as error:
-            found = {"broken": f"{type(error).__name__}: {error}"}
-        with open(write, "w") as pipe:
-            json.dump(found, pipe)
-        os._exit(0)
-    os.close(write)
-    with open(read) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    return json.loads(text) if text else {"broken": f"not finished in {SECONDS} s"}
+    return in_children([work])[0]
 
 
-def reproduced(bug: PlantedBug) -> dict[str, Any]:
-    """A failure, and what its lines do with the bug and with the reference."""
-    found = in_child(lambda: failure_of(bug))
-    if "broken" not in found and found["ranks"] == 1:
-        found["bug"] = in_child(lambda: ran(found["lines"]))
-        found["reference"] = in_child(lambda: ran(of_reference(found["lines"])))
-    return {"id": bug.id, **found}
+def in_children(works: list[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What each of ``works`` gives, done in forked processes side by side."""
+    children = []
+    for work in works:
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(read)
+            answer(work, write)
+        os.close(write)
+        children.append((child, read))
+    found = []
+    for child, read in children:
+        with open(read) as pipe:
+            text = pipe.read()
+        os.waitpid(child, 0)
+        found.append(json.loads(text) if text else {"broken": f"not finished in {SECONDS} s"})
+    return found
+
+
+def answer(work: Callable[[], dict[str, Any]], pipe: int) -> NoReturn:
+    """End this process when it has written what ``work`` gives, in time."""
+    signal.alarm(SECONDS)
+    try:
+        found = work()
+    except BaseException as error:
+        found = {"broken": f"{type(error).__name__}: {error}"}
+    with open(pipe, "w") as file:
+        json.dump(found, file)
+    os._exit(0)
+
+
+def on_each_rank(lines: list[str], ranks: int) -> list[dict[str, Any]]:
+    """What lines do on each rank: processes with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+
+    def ran_on(rank: int) -> dict[str, Any]:
+        os.environ.update(group if ranks > 1 else {}, RANK=str(rank), LOCAL_RANK=str(rank))
+        return ran(lines)
+
+    return in_children([partial(ran_on, rank) for rank in range(ranks)])
+
+
+def reproduced(id: str) -> dict[str, Any]:
+    """A failure, and what its lines do on each rank with the bug and with the reference."""
+    found = in_child(lambda: failure_of(id))
+    if "broken" not in found:
+        found["bug"] = on_each_rank(found["lines"], found["ranks"])
+        found["reference"] = on_each_rank(of_reference(found["lines"]), found["ranks"])
+    return {"id": id, **found}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     all_requirements()
-    bugs = all_known_bugs()
-    for id in sys.argv[1:]:
-        print(json.dumps(reproduced(bugs[id])), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(reproduced(line.strip())), flush=True)
 
 
 if __name__ == "__main__":

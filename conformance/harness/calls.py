@@ -40,6 +40,11 @@ class Call:
         )
 
     @property
+    def closing(self) -> tuple[str, ...]:
+        """What a reproduction ends with: nothing, or leaving that group when all are done."""
+        return ("dist.barrier()", "dist.destroy_process_group()") if self.preamble else ()
+
+    @property
     def printed(self) -> tuple[str, ...]:
         """The lines as a reproduction has them, which needs nothing of this package."""
         return self.lines

@@ -23,13 +23,23 @@ def assert_tensor(
     *,
     call: Call,
     name: str = "output",
+    source: str | None = None,
 ) -> None:
-    """``output`` is a tensor of this shape and dtype on this device."""
+    """``output`` is a tensor of this shape and dtype on this device.
+
+    ``source`` is ``output`` as Python, after the call that leaves its result in ``out``; it may be
+    left out for the result itself.
+    """
     lane = lane_of(call.dtype)
+    source = source or ("out" if name == "output" else None)
     if not isinstance(output, Tensor):
         found = type(output).__name__
         raise ConformanceFailure(
-            "wrong type", f"{name} is {found}, expected a tensor", call=call, lane=lane
+            "wrong type",
+            f"{name} is {found}, expected a tensor",
+            call=call,
+            lane=lane,
+            shown_by=f"print(type({source}), 'expected a tensor')" if source else "print(out)",
         )
     for what, found, expected in (
         ("shape", list(output.shape), list(shape)),
@@ -42,6 +52,9 @@ def assert_tensor(
                 f"{name} has {what} {found}, expected {expected}",
                 call=call,
                 lane=lane,
+                shown_by=f"print({source}.{what}, 'expected {expected}')"
+                if source
+                else "print(out)",
             )
 
 

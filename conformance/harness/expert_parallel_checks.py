@@ -5,6 +5,8 @@ Cases are those of :mod:`conformance.harness.moe_block_cases` with a number of r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from conformance.harness.calls import Call
+from conformance.harness.calls import Call, course
 from conformance.harness.compare import assert_close_to, assert_identical, assert_tensor
 from conformance.harness.differentiated import Differentiated
 from conformance.harness.failures import ConformanceFailure, failing_at
@@ -21,6 +23,7 @@ from conformance.harness.lanes import in_every_lane
 from conformance.harness.moe_block_cases import BlockCase, block_cases
 from conformance.harness.moe_block_checks import counted
 from conformance.harness.moe_block_oracle import block_choice, expected_block
+from conformance.harness.parallel_shown import compared_with, differing, made_by
 from conformance.harness.rank_pool import on_ranks
 from conformance.harness.requirement import current_tally
 from conformance.harness.shown import shown_on_rank
@@ -28,7 +31,7 @@ from conformance.harness.subject import Subject, errors_named
 from conformance.harness.tolerance import Expectation, expect
 
 NAMES = ("hidden", "router", "gate_up_proj", "down_proj")
-REPLICATED = NAMES[:2]
+REPLICATED, EXPERTS = NAMES[:2], NAMES[2:]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)  # shown as blocks are
@@ -50,15 +53,66 @@ def parallel_cases(ranks: int = 2, **fixed: Any) -> SearchStrategy[ParallelBlock
     )
 
 
-def shown(call: Call) -> Call:
-    """The call as each rank makes it."""
+# Lines that show a failure
+
+
+def shown(call: Call, counts: tuple[int, ...] = ()) -> Call:
+    """The call as each rank makes it, with so many experts each or with the same number."""
     case: ParallelBlockCase = call.case
-    mine = f"{case.experts // case.ranks} * rank" if case.ranks > 1 else "0"
-    lines = (
-        f"first, number = {mine}, {case.experts // case.ranks}",
-        *(f"{name} = {name}[first:first + number]" for name in NAMES[2:]),
-    )
+    rank = "rank" if case.ranks > 1 else "0"
+    number = case.experts // case.ranks
+    mine = f"first, number = {number} * {rank}, {number}"
+    if counts:
+        mine = f"first, number = sum({counts}[:{rank}]), {counts}[{rank}]"
+    lines = (mine, *(f"{name} = {name}[first:first + number]" for name in EXPERTS))
     return replace(call.then(*lines), contract="expert_parallel_block")
+
+
+@contextmanager
+def backward_shown(call: Call) -> Iterator[None]:
+    """A failure in here is of a backward pass, or seen after it, in the ``grad`` of an argument."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        failure.call = shown(call).then(*backward_lines(call))
+        failure.shown_by = f"out.backward(upstream)\n{failure.shown_by}"
+        raise
+
+
+def backward_lines(call: Call) -> tuple[str, ...]:
+    """Lines that ask for gradients, and leave that of the output in ``upstream``."""
+    case: ParallelBlockCase = call.case
+    unclear = (~block_choice(call).clear).nonzero().flatten().tolist()
+    shape = (case.batch * case.tokens, case.hidden)
+    lines = [
+        f"for each in ({', '.join(NAMES)}): each.requires_grad_()",
+        f"gu = torch.Generator().manual_seed({case.seed})",
+        f"upstream = torch.randn({shape}, generator=gu).to({call.dtype})",
+        *([f"upstream[{unclear}] = 0  # rounding may choose other experts"] if unclear else []),
+        "upstream = upstream.view(hidden.shape)",
+    ]
+    return tuple(lines)
+
+
+def edited_between(call: Call, edit: str, name: str) -> Call:
+    """Makes a call, edits its arguments and makes it again; what is looked at is ``name``.
+
+    That is left in ``out``, and what it was before the edit in ``before``.
+    """
+    block = shown(call).source()
+    if name == "output":
+        return course(shown(call), f"before = {block}", edit, result=block)
+    lines = (
+        *backward_lines(call),
+        f"{block}.backward(upstream)",
+        f"before, {name}.grad = {name}.grad, None",
+        f"with torch.no_grad():\n    {edit}",
+        f"{block}.backward(upstream)",
+    )
+    return course(shown(call), *lines, result=f"{name}.grad")
+
+
+# On the ranks
 
 
 @dataclass
@@ -101,7 +155,7 @@ def run(subject: Subject, call: Call, *, backward: bool = False) -> list[Ran]:
     """What every rank has got; outputs have been checked to be tensors as they must be."""
     arguments, options = call.values()
     upstream = upstream_of(call) if backward else None
-    with failing_at(shown(call)):
+    with backward_shown(call) if backward else nullcontext(), failing_at(shown(call)):
         found = on_ranks(subject, call.case.ranks, run_block, arguments, options, upstream)
     hidden = arguments[0]
     for each in found:
@@ -149,10 +203,13 @@ def assert_gradients(expert_parallel_block: Subject, case: ParallelBlockCase, *n
             for name in names:
                 part = slice(None) if name in REPLICATED else mine
                 gradient = each.gradients[name]
-                what = f"gradient of {name} on rank {rank}"
-                if gradient is None:
-                    raise ConformanceFailure("no gradient", f"no {what}", call=shown(call))
-                assert_close_to(gradient, part_of(whole, name, part), shown(call), name=what)
+                what, source = f"gradient of {name} on rank {rank}", f"{name}.grad"
+                with backward_shown(call), shown_on_rank(rank, case.ranks):
+                    if gradient is None:
+                        shown_by = f"print({source}, '- expected a gradient')"
+                        raise ConformanceFailure("no gradient", f"no {what}", shown_by=shown_by)
+                    expected = part_of(whole, name, part)
+                    assert_close_to(gradient, expected, shown(call), name=what, source=source)
 
     in_every_lane(case, check, "cpu")
 
@@ -167,27 +224,36 @@ def assert_replicas_equal(expert_parallel_block: Subject, case: ParallelBlockCas
             *((name, first.gradients[name], each.gradients[name]) for name in REPLICATED),
         ):
             because = f"{name} of rank {rank} and of rank 0"
-            assert_identical(other, one, shown(call), because=because)
+            source = "out" if name == "output" else f"{name}.grad"
+            with backward_shown(call), made_by(call, then=compared_with(0, source)):
+                assert_identical(other, one, call, because=because)
 
 
 def assert_idle_experts_do_nothing(expert_parallel_block: Subject, case: ParallelBlockCase) -> None:
     """NaN in experts that no token goes to reaches no output, and no gradient but none of theirs."""
     call = case.call(torch.float32)
     unused = (~block_choice(call).chosen.any(0)).nonzero().flatten().tolist()
-    edited = call.then(
-        f"for x in (gate_up_proj, down_proj): x[{unused}] = torch.nan",
-    )
+    edited = call.then(f"for x in ({', '.join(EXPERTS)}): x[{unused}] = torch.nan")
     plain = run(expert_parallel_block, call, backward=True)
     arguments, options = edited.values()
+    upstream = upstream_of(call)
     with failing_at(shown(edited)):
-        upstream = upstream_of(call)
         found = on_ranks(expert_parallel_block, case.ranks, run_block, arguments, options, upstream)
+    mine = f"[e - first for e in {unused} if first <= e < first + number]"
+    edit = f"for x in ({', '.join(EXPERTS)}): x[{mine}] = torch.nan"
     for rank, (one, other) in enumerate(zip(plain, found)):
-        because = f"output of rank {rank} with NaN in experts without tokens"
-        assert_identical(other.output, one.output, shown(edited), because=because)
-        for name, gradient in one.gradients.items():
-            because = f"gradient of {name} on rank {rank} with NaN in experts without tokens"
-            assert_identical(other.gradients[name], gradient, shown(edited), because=because)
+        for name, before, after in (
+            ("output", one.output, other.output),
+            *((name, one.gradients[name], other.gradients[name]) for name in NAMES),
+        ):
+            what = name if name == "output" else f"gradient of {name}"
+            because = f"{what} of rank {rank} with NaN in experts without tokens"
+            again = edited_between(call, edit, name)
+            with (
+                shown_on_rank(rank, case.ranks),
+                made_by(again, then=differing("out", "before")),
+            ):
+                assert_identical(after, before, call, because=because)
 
 
 def assert_refused(expert_parallel_block: Subject, case: ParallelBlockCase) -> None:
@@ -196,7 +262,7 @@ def assert_refused(expert_parallel_block: Subject, case: ParallelBlockCase) -> N
     arguments, options = call.values()
     number = case.experts // case.ranks
     for counts in ((number - 1,) * case.ranks, (number, *(number - 1,) * (case.ranks - 1))):
-        with failing_at(shown(call)):
+        with failing_at(shown(call, counts)):
             errors = on_ranks(
                 expert_parallel_block, case.ranks, refusal, arguments, options, None, counts
             )
@@ -204,7 +270,7 @@ def assert_refused(expert_parallel_block: Subject, case: ParallelBlockCase) -> N
             current_tally().comparisons["exact"] += 1
             if error is None:
                 summary = f"rank {rank} goes on with {counts} of {case.experts} experts"
-                raise ConformanceFailure("accepted", summary, call=shown(call))
+                raise ConformanceFailure("accepted", summary, call=shown(call, counts))
 
 
 def refusal(subject: Subject, *arguments: Any) -> str | None:

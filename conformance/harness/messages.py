@@ -42,4 +42,5 @@ def reproduction(failure: ConformanceFailure) -> list[str]:
     result = "out, lse" if dict(call.options).get("return_lse") == "True" else "out"
     before, shown_by = shown_by_kind(failure)
     made = [*call.preamble, *failure.import_lines, *call.printed, *before]
-    return "\n".join(["import torch", *made, f"{result} = {call.source()}", shown_by]).splitlines()
+    called = f"{result} = {call.source()}"
+    return "\n".join(["import torch", *made, called, shown_by, *call.closing]).splitlines()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +20,21 @@ from conformance.harness.parallel_oracle import (
     held,
     named_weights,
     output_part,
+)
+from conformance.harness.parallel_shown import (
+    DRAWN,
+    SUMMED,
+    backward_shown,
+    called_twice,
+    communication,
+    compared_with,
+    differing,
+    made_by,
+    run_shown,
+    shown_after,
+    shown_by_layer,
+    upstream_lines,
+    weights_spoilt,
 )
 from conformance.harness.rank_pool import on_ranks
 from conformance.harness.requirement import current_tally
@@ -146,7 +160,7 @@ def run(
     case = call.case
     arguments, options = call.values()
     upstream = upstream_of(call) if backward else None
-    with failing_at(call):
+    with run_shown(call, backward=backward), failing_at(call):
         return on_ranks(
             parallel_linear,
             case.ranks,
@@ -160,22 +174,10 @@ def run(
 
 
 def upstream_of(call: LayerCall) -> list[tuple[Tensor, ...]]:
-    """The gradients at the outputs of each rank.
-
-    Ranks that hold one key/value head have it read by their own query heads: each is given another
-    share of the gradient, and the shares add up to it.
-    """
-    case = call.case
-    replicas = max(1, case.size // case.kv_heads) if case.kind == "qkv" else 1
-    shares = [2 * (i + 1) / (replicas * (replicas + 1)) for i in range(replicas)]
-    return [
-        tuple(
-            output_part(case, number, full, rank % case.size).contiguous()
-            * (shares[rank % case.size % replicas] if number else 1)
-            for number, full in enumerate(dense_of_group(call, rank // case.size).upstream)
-        )
-        for rank in range(case.ranks)
-    ]
+    """The gradients at the outputs of each rank."""
+    lines = tuple(upstream_lines(call))
+    ranks = (replace(call, lines=(f"rank = {rank}", *lines)) for rank in range(call.case.ranks))
+    return [tuple(each.named("upstream")) for each in ranks]
 
 
 def assert_outputs(ran: list[Ran], call: LayerCall) -> None:
@@ -185,7 +187,10 @@ def assert_outputs(ran: list[Ran], call: LayerCall) -> None:
         whole = dense_of_group(call, rank // case.size)
         if len(each.outputs) != whole.outputs:
             found = f"rank {rank} gives {len(each.outputs)} outputs, expected {whole.outputs}"
-            raise ConformanceFailure("wrong type", found, call=call)
+            number = (
+                f"print(len(out) if isinstance(out, tuple) else 1, '- expected {whole.outputs}')"
+            )
+            raise ConformanceFailure("wrong type", found, call=call, shown_by=number)
         for number, output in enumerate(each.outputs):
             part = lambda full: output_part(case, number, full, rank % case.size)  # noqa: B023
             expected = whole.expectation(f"output {number}", part)
@@ -200,9 +205,7 @@ def named(case: LayerCase, rank: int, what: str) -> str:
     return what if case.ranks == 1 else f"{what} of rank {rank}"
 
 
-def assert_value(
-    output: Any, expected: Any, call: LayerCall, name: str, source: str | None = None
-) -> None:
+def assert_value(output: Any, expected: Any, call: LayerCall, name: str, source: str) -> None:
     """A tensor of the expected shape in the call's dtype, within the limits."""
     wide = call.case.kind == "cross_entropy" and name.startswith("output")
     dtype = torch.promote_types(call.dtype, torch.float32) if wide else call.dtype
@@ -210,7 +213,7 @@ def assert_value(
     if isinstance(output, Tensor) and wide and output.dtype == call.dtype:
         dtype = call.dtype
     shape = tuple(expected.value.shape)
-    assert_tensor(found, shape, dtype, torch.device("cpu"), call=call, name=name)
+    assert_tensor(found, shape, dtype, torch.device("cpu"), call=call, name=name, source=source)
     assert_close_to(found, expected, call, name=name, source=source)
 
 
@@ -228,7 +231,8 @@ def assert_ranks_identical(parallel_linear: Subject, case: LayerCase) -> None:
     for rank, each in enumerate(ran):
         first = rank // case.size * case.size
         because = f"ranks {first} and {rank} hold the sum of the same parts"
-        assert_identical(each.outputs[0], ran[first].outputs[0], call, because=because)
+        with made_by(call, then=compared_with(first)):
+            assert_identical(each.outputs[0], ran[first].outputs[0], call, because=because)
 
 
 def assert_partial_results(parallel_linear: Subject, case: LayerCase) -> None:
@@ -238,11 +242,13 @@ def assert_partial_results(parallel_linear: Subject, case: LayerCase) -> None:
     whole = dense_of_group(call, 0).expectation("output 0")
     total = torch.zeros_like(whole.value)
     for rank, each in enumerate(ran):
-        shape = tuple(whole.value.shape)
+        like = (tuple(whole.value.shape), call.dtype, torch.device("cpu"))
         name = named(case, rank, "output")
-        assert_tensor(each.outputs[0], shape, call.dtype, torch.device("cpu"), call=call, name=name)
+        with shown_on_rank(rank, case.ranks):
+            assert_tensor(each.outputs[0], *like, call=call, name=name, source="out")
         total += each.outputs[0].to(torch.float64)
-    assert_close_to(total, whole, call, name="sum over the ranks")
+    with shown_after(*SUMMED), shown_on_rank(0, case.ranks):
+        assert_close_to(total, whole, call, name="sum over the ranks", source="total")
 
 
 def assert_gradients(
@@ -258,18 +264,27 @@ def assert_gradients(
     for rank, each in enumerate(ran):
         whole = dense_of_group(call, rank // case.size)
         if of is None and "input" in whole.values:
-            assert_input_gradient(each, whole, call, rank)
+            with backward_shown(call), shown_on_rank(rank, case.ranks):
+                assert_input_gradient(each, whole, call, rank)
         for name in named_weights(case, call.named("weights")):
             if of is not None and name not in of:
                 continue
-            if name not in each.gradients:
-                found = ", ".join(each.gradients) or "none"
-                summary = f"gradients() of rank {rank} has no {name}: {found}"
-                raise ConformanceFailure("missing weight", summary, call=call)
-            part = lambda full: held(case, name, full, rank % case.size)  # noqa: B023
-            expected = whole.expectation(name, part)
-            gradient = without_padding(each.gradients[name], expected.value, case)
-            assert_value(gradient, expected, call, named(case, rank, f"gradient of {name}"))
+            with backward_shown(call), shown_on_rank(rank, case.ranks):
+                assert_weight_gradient(each, whole, call, rank, name)
+
+
+def assert_weight_gradient(ran: Ran, whole: Dense, call: LayerCall, rank: int, name: str) -> None:
+    """The gradient of a weight of the rank is its part of the full one."""
+    case = call.case
+    if name not in ran.gradients:
+        found = ", ".join(ran.gradients) or "none"
+        summary = f"gradients() of rank {rank} has no {name}: {found}"
+        shown_by = "print(list(gradients))"
+        raise ConformanceFailure("missing weight", summary, call=call, shown_by=shown_by)
+    expected = whole.expectation(name, lambda full: held(case, name, full, rank % case.size))
+    gradient = without_padding(ran.gradients[name], expected.value, case)
+    what, source = named(case, rank, f"gradient of {name}"), f"gradients[{name!r}]"
+    assert_value(gradient, expected, call, what, source)
 
 
 def assert_input_gradient(ran: Ran, whole: Dense, call: LayerCall, rank: int) -> None:
@@ -284,8 +299,10 @@ def assert_input_gradient(ran: Ran, whole: Dense, call: LayerCall, rank: int) ->
         part = lambda full: full[:, member * rows :][:, :rows]
     name = named(case, rank, "gradient of the input")
     if ran.input_gradient is None:
-        raise ConformanceFailure("no gradient", f"{name} is missing", call=call)
-    assert_value(ran.input_gradient, whole.expectation("input", part), call, name)
+        shown_by = "print(x[0].grad, '- expected a gradient')"
+        summary = f"{name} is missing"
+        raise ConformanceFailure("no gradient", summary, call=call, shown_by=shown_by)
+    assert_value(ran.input_gradient, whole.expectation("input", part), call, name, "x[0].grad")
 
 
 def without_padding(part: Tensor, expected: Tensor, case: LayerCase) -> Tensor:
@@ -314,24 +331,17 @@ def assert_held(parallel_linear: Subject, case: LayerCase) -> None:
     full = named_weights(case, call.named("weights"))
     for rank, each in enumerate(ran):
         for name, weight in full.items():
-            with shown_on_rank(rank, case.ranks), shown_by_layer("print(out.shards())"):
+            with (
+                shown_after("shards = out.shards()"),
+                shown_on_rank(rank, case.ranks),
+                shown_by_layer(call, "print(shards)"),
+            ):
                 if name not in each.shards:
                     found = ", ".join(each.shards) or "none"
                     summary = f"shards() of rank {rank} has no {name}: {found}"
                     raise ConformanceFailure("missing weight", summary, call=call)
                 expected = held(case, name, weight, rank % case.size)
                 assert_elements(each.shards[name], expected, full, named(case, rank, name), call)
-
-
-@contextmanager
-def shown_by_layer(line: str) -> Iterator[None]:
-    """A failure in here is of a layer, whatever it computes: ``line`` sees it in ``out``."""
-    try:
-        yield
-    except ConformanceFailure as failure:
-        failure.call = replace(failure.call, applied=False)
-        failure.shown_by = line
-        raise
 
 
 def assert_elements(
@@ -367,7 +377,8 @@ def decoded(number: float, full: Mapping[str, Tensor]) -> str:
 def assert_own_part(parallel_linear: Subject, case: LayerCase) -> None:
     """The layer does not read the caller's weights again."""
     call = case.call()
-    assert_outputs(run(parallel_linear, call, want=("forget",)), call)
+    with made_by(weights_spoilt(call)):
+        assert_outputs(run(parallel_linear, call, want=("forget",)), call)
 
 
 def assert_twice(parallel_linear: Subject, case: LayerCase) -> None:
@@ -376,7 +387,10 @@ def assert_twice(parallel_linear: Subject, case: LayerCase) -> None:
     for rank, each in enumerate(run(parallel_linear, call, want=("twice",))):
         for number, (one, two) in enumerate(zip(each.outputs, each.again)):
             because = f"output {number} of rank {rank} of a second call"
-            assert_identical(two, one, call, because=because)
+            at = f"[{number}]" if len(each.outputs) > 1 else ""
+            shown = differing(f"out{at}", f"first{at}")
+            with shown_on_rank(rank, case.ranks), made_by(called_twice(call), then=shown):
+                assert_identical(two, one, call, because=because)
 
 
 def assert_drawn(parallel_linear: Subject, case: LayerCase) -> None:
@@ -394,17 +408,8 @@ def assert_drawn(parallel_linear: Subject, case: LayerCase) -> None:
                 if rows and alike != expected:
                     found = "draw the same" if alike else "draw different numbers for one"
                     summary = f"ranks {one} and {other} {found} {name}"
-                    layer = replace(call, applied=False)
-                    raise ConformanceFailure(
-                        "wrong initialisation", summary, call=layer, shown_by=DRAWN
-                    )
-
-
-DRAWN = """\
-_ = torch.manual_seed(7)
-out.reset_parameters()
-print(f'rank {rank}:', out.shards())"""
-"""What draws the weights anew, and shows them."""
+                    with shown_by_layer(call, DRAWN):
+                        raise ConformanceFailure("wrong initialisation", summary)
 
 
 # Communication
@@ -420,7 +425,8 @@ def assert_communicates(parallel_linear: Subject, case: LayerCase, **expected: i
         if found != expected:
             made = f"{named(case, rank, 'forward')} makes {counted(found)}"
             summary = f"{made}, expected {counted(expected)}"
-            raise ConformanceFailure("wrong communication", summary, call=call)
+            with shown_on_rank(rank, case.ranks), made_by(communication(call)):
+                raise ConformanceFailure("wrong communication", summary)
 
 
 def as_reductions(made: Mapping[str, int]) -> dict[str, int]:
@@ -450,14 +456,13 @@ def assert_refused(
     for rank, error in enumerate(errors):
         current_tally().comparisons["exact"] += 1
         name = named(case, rank, "the layer")
-        if error is None:
-            raise ConformanceFailure(
-                "accepted", f"{name} is made of sizes that do not fit", call=call
-            )
-        missing = [size for size in sizes if str(size) not in error]
-        if missing:
-            summary = f"the error does not name {missing[0]}: {error[:200]}"
-            raise ConformanceFailure("unclear error", summary, call=call)
+        with shown_by_layer(call, "print('accepted:', type(out).__name__)"):
+            if error is None:
+                raise ConformanceFailure("accepted", f"{name} is made of sizes that do not fit")
+            missing = [size for size in sizes if str(size) not in error]
+            if missing:
+                summary = f"the error does not name {missing[0]}: {error[:200]}"
+                raise ConformanceFailure("unclear error", summary)
 
 
 def refusal(subject: Subject, arguments: list[Any], options: dict[str, Any]) -> str | None:

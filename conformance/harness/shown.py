@@ -270,15 +270,13 @@ def shown_by_kind(failure: ConformanceFailure) -> tuple[tuple[str, ...], str]:
             changed = f"[{differ} for a, b in zip([{names}], given)]"
             before = f"given = [x.detach().clone() for x in [{names}]]"
             return (before,), f"print('elements changed:', {changed}, '- expected none')"
-    what = re.fullmatch(r"wrong (shape|dtype|device)", failure.kind)
-    said = re.search(r"expected .*", failure.summary)
-    if what and said and re.match("output has", failure.summary):
-        return (), f"print(out.{what[1]}, {said[0]!r})"
     return (), failure.shown_by
 
 
 def tensor_names(call: Call) -> str:
     """The arguments and options of a call that are tensors, by name, as source text."""
     sources = [*call.arguments, *(source for _, source in call.options)]
+    if call.preamble:  # the lines are those of each of several ranks
+        call = replace(call, lines=("rank = 0", *call.lines))
     found = call.namespace() if all(s.isidentifier() for s in call.arguments) else {}
     return ", ".join(s for s in sources if isinstance(found.get(s), Tensor))
