@@ -147,6 +147,8 @@ FOUND = {**PLANTED, **NEAR_MISSES}
 
 SAYS_BY_RAISING = ("unclear error", "accidental error")
 """Kinds of failure that the text or the type of an exception is."""
+REFUSED = "accepted"
+"""How kinds of failure begin where the reference raises an exception, and the bug none."""
 
 VALUE = re.compile(r"(\S+) expected .*: (\S+)")
 """A line that prints an element beside what it must be."""
@@ -210,6 +212,8 @@ def test_the_lines_show_what_the_bug_does_and_the_reference_does_not(found):
     ended, right = found["bug"], found["reference"]
     assert ended != right, found["lines"]
     errors = [rank["error"] for rank in ended]
+    refuses = found["kind"].startswith(REFUSED) or found["kind"] in SAYS_BY_RAISING
+    assert refuses or not any(rank["error"] for rank in right), right
     raised = re.fullmatch(r"raised (\w+)", found["kind"])
     if raised:
         assert raised[1] in [error[0] for error in errors if error]

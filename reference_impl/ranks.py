@@ -141,8 +141,11 @@ class DistributedRanks(Ranks):
 
     def gather_into(self, whole: Tensor, part: Tensor) -> None:
         """See :meth:`Ranks.gather_into`."""
+        dist = torch.distributed
+        # torch 2.13 warns of the older name; 2.11 has no other
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         if whole.numel():
-            torch.distributed.all_gather_into_tensor(whole, part, group=self.group)
+            gather(whole, part, group=self.group)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See :meth:`Ranks.all_reduce`."""
