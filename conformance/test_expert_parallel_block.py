@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conformance.harness.expert_parallel_cases import parallel_cases
 from conformance.harness.expert_parallel_checks import (
     assert_gradients,
     assert_idle_experts_do_nothing,
     assert_outputs,
     assert_refused,
     assert_replicas_equal,
-    parallel_cases,
 )
 from conformance.harness.requirement import requirement
 

@@ -1,26 +1,21 @@
-"""Checks of blocks whose experts are on several ranks: the oracle is the whole block on one.
-
-Cases are those of :mod:`conformance.harness.moe_block_cases` with a number of ranks.
-"""
+"""Checks of blocks whose experts are on several ranks: the oracle is the whole block on one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from conformance.harness.calls import Call, course
+from conformance.harness.calls import Call
 from conformance.harness.compare import assert_close_to, assert_identical, assert_tensor
 from conformance.harness.differentiated import Differentiated
+from conformance.harness.expert_parallel_cases import EXPERTS, NAMES, REPLICATED, ParallelBlockCase
+from conformance.harness.expert_parallel_shown import backward_shown, edited_between, shown
 from conformance.harness.failures import ConformanceFailure, failing_at
 from conformance.harness.lanes import in_every_lane
-from conformance.harness.moe_block_cases import BlockCase, block_cases
 from conformance.harness.moe_block_checks import counted
 from conformance.harness.moe_block_oracle import block_choice, expected_block
 from conformance.harness.parallel_shown import compared_with, differing, made_by
@@ -29,88 +24,6 @@ from conformance.harness.requirement import current_tally
 from conformance.harness.shown import shown_on_rank
 from conformance.harness.subject import Subject, errors_named
 from conformance.harness.tolerance import Expectation, expect
-
-NAMES = ("hidden", "router", "gate_up_proj", "down_proj")
-REPLICATED, EXPERTS = NAMES[:2], NAMES[2:]
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)  # shown as blocks are
-class ParallelBlockCase(BlockCase):
-    """A block, and over how many ranks its experts are dealt out."""
-
-    ranks: int = 2
-
-    def confusable(self) -> frozenset[str]:
-        """Also: one rank, which has all experts."""
-        return super().confusable() | ({"one rank"} if self.ranks == 1 else set())
-
-
-def parallel_cases(ranks: int = 2, **fixed: Any) -> SearchStrategy[ParallelBlockCase]:
-    """Cases on so many ranks, which divide 6, 12 and 18 experts; options as in ``block_cases``."""
-    given = {"experts": st.sampled_from([6, 12, 18]), "normalize": st.booleans()} | fixed
-    return block_cases(**given).map(
-        lambda case: ParallelBlockCase(**{**vars(case), "ranks": ranks})
-    )
-
-
-# Lines that show a failure
-
-
-def shown(call: Call, counts: tuple[int, ...] = ()) -> Call:
-    """The call as each rank makes it, with so many experts each or with the same number."""
-    case: ParallelBlockCase = call.case
-    rank = "rank" if case.ranks > 1 else "0"
-    number = case.experts // case.ranks
-    mine = f"first, number = {number} * {rank}, {number}"
-    if counts:
-        mine = f"first, number = sum({counts}[:{rank}]), {counts}[{rank}]"
-    lines = (mine, *(f"{name} = {name}[first:first + number]" for name in EXPERTS))
-    return replace(call.then(*lines), contract="expert_parallel_block")
-
-
-@contextmanager
-def backward_shown(call: Call) -> Iterator[None]:
-    """A failure in here is of a backward pass, or seen after it, in the ``grad`` of an argument."""
-    try:
-        yield
-    except ConformanceFailure as failure:
-        failure.call = shown(call).then(*backward_lines(call))
-        failure.shown_by = f"out.backward(upstream)\n{failure.shown_by}"
-        raise
-
-
-def backward_lines(call: Call) -> tuple[str, ...]:
-    """Lines that ask for gradients, and leave that of the output in ``upstream``."""
-    case: ParallelBlockCase = call.case
-    unclear = (~block_choice(call).clear).nonzero().flatten().tolist()
-    shape = (case.batch * case.tokens, case.hidden)
-    lines = [
-        f"for each in ({', '.join(NAMES)}): each.requires_grad_()",
-        f"gu = torch.Generator().manual_seed({case.seed})",
-        f"upstream = torch.randn({shape}, generator=gu).to({call.dtype})",
-        *([f"upstream[{unclear}] = 0  # rounding may choose other experts"] if unclear else []),
-        "upstream = upstream.view(hidden.shape)",
-    ]
-    return tuple(lines)
-
-
-def edited_between(call: Call, edit: str, name: str) -> Call:
-    """Makes a call, edits its arguments and makes it again; what is looked at is ``name``.
-
-    That is left in ``out``, and what it was before the edit in ``before``.
-    """
-    block = shown(call).source()
-    if name == "output":
-        return course(shown(call), f"before = {block}", edit, result=block)
-    lines = (
-        *backward_lines(call),
-        f"{block}.backward(upstream)",
-        f"before, {name}.grad = {name}.grad, None",
-        f"with torch.no_grad():\n    {edit}",
-        f"{block}.backward(upstream)",
-    )
-    return course(shown(call), *lines, result=f"{name}.grad")
-
 
 # On the ranks
 
