@@ -89,10 +89,10 @@ BY_DAY = FEWER_CASES | {
 }
 """Cases of each requirement that a variant meets by day, out of twelve.
 
-Of the slow contracts as many as planted bugs do, or fewer. With all twelve a variant takes 50 to 70 s for
-``gpt_checkpoint`` and ``weight_loader``, 11 to 20 s for ``attention``; with three one of ``flat_shards``
-takes 43 s, of ``compressed_checkpoint`` 28 s, of ``gpt_checkpoint`` 16 s. These variants were a third of
-the time of all tests.
+Of the slow contracts as many as planted bugs do, or fewer. With all twelve a variant takes 50 to 70 s
+for ``gpt_checkpoint`` and ``weight_loader``, 11 to 20 s for ``attention``; with three one of
+``flat_shards`` takes 43 s, of ``compressed_checkpoint`` 28 s, of ``gpt_checkpoint`` 16 s.
+These variants were a third of the time of all tests.
 """
 
 RANDOM, FEWER_RANDOM = 30, 8
