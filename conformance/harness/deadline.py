@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -16,6 +17,9 @@ HARD_FACTOR = 3
 
 AFTERWARDS = 10.0
 """Seconds at least that a call which was interrupted has to come to its end, on a busy machine too."""
+
+AGAIN = 0.05
+"""Seconds after which the deadline is raised again, where Python has dropped it."""
 
 _stacks: list[int] = []
 
@@ -43,7 +47,15 @@ def deadline(seconds: float, hard_factor: float = HARD_FACTOR):
     def stop(signum, frame):
         raise TimedOut(f"not finished after {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    def dropped(unraisable):
+        # A finaliser, or what runs beside a fork, is where the signal came: nothing is raised there
+        if isinstance(unraisable.exc_value, TimedOut):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            hook(unraisable)
+
+    before, hook = signal.signal(signal.SIGALRM, stop), sys.unraisablehook
+    sys.unraisablehook = dropped
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         # By its number: sys.stderr may have been replaced by something that is no file.
@@ -55,3 +67,4 @@ def deadline(seconds: float, hard_factor: float = HARD_FACTOR):
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        sys.unraisablehook = hook
