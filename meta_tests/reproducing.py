@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed
 from mutants import Broken
 
 from conformance.harness import profiles
@@ -133,14 +133,23 @@ def answer(work: Callable[[], dict[str, Any]], pipe: int) -> NoReturn:
 
 
 def on_each_rank(lines: list[str], ranks: int) -> list[dict[str, Any]]:
-    """What lines do on each rank: processes with the environment that torchrun gives them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    """What lines do on each rank: processes with the environment that torchrun gives them.
+
+    As there, the store in which the ranks meet is this process's, on a port that is free.
+    """
+    if ranks == 1:
+        return [in_child(lambda: ran(lines))]
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    group = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(ranks),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
 
     def ran_on(rank: int) -> dict[str, Any]:
-        os.environ.update(group if ranks > 1 else {}, RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank))
         return ran(lines)
 
     return in_children([partial(ran_on, rank) for rank in range(ranks)])
