@@ -39,7 +39,7 @@ def assert_tensor(
             f"{name} is {found}, expected a tensor",
             call=call,
             lane=lane,
-            shown_by=f"print(type({source}), 'expected a tensor')" if source else "print(out)",
+            shown_by=property_shown(f"type({source})", "a tensor", source),
         )
     for what, found, expected in (
         ("shape", list(output.shape), list(shape)),
@@ -52,10 +52,13 @@ def assert_tensor(
                 f"{name} has {what} {found}, expected {expected}",
                 call=call,
                 lane=lane,
-                shown_by=f"print({source}.{what}, 'expected {expected}')"
-                if source
-                else "print(out)",
+                shown_by=property_shown(f"{source}.{what}", str(expected), source),
             )
+
+
+def property_shown(asked: str, expected: str, source: str | None) -> str:
+    """The line that prints what is asked of ``source``, or all where it is not known as Python."""
+    return f"print({asked}, 'expected {expected}')" if source else "print(out)"
 
 
 def assert_close_to(

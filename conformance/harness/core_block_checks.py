@@ -14,7 +14,6 @@ from conformance.harness.core_block_cases import FACTOR_NAMES, BlockCase
 from conformance.harness.core_cases import PROJECTIONS
 from conformance.harness.core_oracle import block_inputs, block_of
 from conformance.harness.core_subject import (
-    after,
     as_line,
     asking,
     assert_stored,
@@ -29,6 +28,7 @@ from conformance.harness.core_subject import (
 from conformance.harness.failures import ConformanceFailure
 from conformance.harness.lanes import in_every_lane
 from conformance.harness.requirement import current_tally
+from conformance.harness.shown import after
 from conformance.harness.subject import Subject, reject_alias
 from conformance.harness.tolerance import Expectation
 

@@ -20,7 +20,6 @@ from conformance.harness.core_cases import (
 )
 from conformance.harness.core_oracle import one_rounding, outputs_of, update_of, weights_of
 from conformance.harness.core_subject import (
-    after,
     asking,
     compare_outputs,
     compare_weights,
@@ -35,6 +34,7 @@ from conformance.harness.core_subject import (
 from conformance.harness.failures import ConformanceFailure, Declined
 from conformance.harness.lanes import in_every_lane
 from conformance.harness.requirement import current_tally
+from conformance.harness.shown import after
 from conformance.harness.subject import Subject
 
 # Outputs and weights

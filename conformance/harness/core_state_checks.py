@@ -14,7 +14,6 @@ from conformance.harness.compare import assert_identical, assert_tensor
 from conformance.harness.core_cases import EDITED, NEW_CORE, SPOILT, CoreCase
 from conformance.harness.core_oracle import layer_inputs, outputs_of, weights_of
 from conformance.harness.core_subject import (
-    after,
     as_line,
     asking,
     assert_stored,
@@ -36,6 +35,7 @@ from conformance.harness.core_subject import (
 from conformance.harness.failures import ConformanceFailure, Declined, failing_at
 from conformance.harness.lanes import in_every_lane
 from conformance.harness.requirement import current_tally
+from conformance.harness.shown import after
 from conformance.harness.subject import Subject, errors_named
 
 # One core

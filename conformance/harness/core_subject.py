@@ -16,6 +16,7 @@ from conformance.harness.compare import assert_close_to, assert_tensor
 from conformance.harness.core_oracle import outputs_of, seed_of, weights_of
 from conformance.harness.failures import ConformanceFailure, Declined, Inconclusive, failing_at
 from conformance.harness.requirement import current_tally
+from conformance.harness.shown import after
 from conformance.harness.subject import Subject, changes_caught, errors_named, reject_alias
 from conformance.harness.tolerance import Expectation
 
@@ -57,16 +58,6 @@ def asking(source: str, call: Call, *tensors: Tensor) -> Iterator[None]:
             failure.shown_by = f"print(({source}){at}.item(), {text!r})"
         else:
             failure.shown_by = failure.shown_by.replace("print(out", f"print({source}", 1)
-        raise
-
-
-@contextmanager
-def after(*lines: str) -> Iterator[None]:
-    """A failure in here is shown after these lines of Python."""
-    try:
-        yield
-    except ConformanceFailure as failure:
-        failure.shown_by = "\n".join((*lines, failure.shown_by))
         raise
 
 

@@ -18,10 +18,10 @@ from conformance.harness.failures import ConformanceFailure, failing_at
 from conformance.harness.lanes import in_every_lane
 from conformance.harness.moe_block_checks import counted
 from conformance.harness.moe_block_oracle import block_choice, expected_block
-from conformance.harness.parallel_shown import compared_with, differing, made_by
+from conformance.harness.parallel_shown import compared_with
 from conformance.harness.rank_pool import on_ranks
 from conformance.harness.requirement import current_tally
-from conformance.harness.shown import shown_on_rank
+from conformance.harness.shown import differing, made_by, shown_on_rank
 from conformance.harness.subject import Subject, errors_named
 from conformance.harness.tolerance import Expectation, expect
 

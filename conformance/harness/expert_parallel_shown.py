@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from conformance.harness.calls import Call, course
 from conformance.harness.expert_parallel_cases import EXPERTS, NAMES, ParallelBlockCase
-from conformance.harness.failures import ConformanceFailure
 from conformance.harness.moe_block_oracle import block_choice
+from conformance.harness.shown import after, made_by
 
 
 def shown(call: Call, counts: tuple[int, ...] = ()) -> Call:
@@ -30,12 +30,8 @@ def shown(call: Call, counts: tuple[int, ...] = ()) -> Call:
 @contextmanager
 def backward_shown(call: Call) -> Iterator[None]:
     """A failure in here is of a backward pass, or seen after it, in the ``grad`` of an argument."""
-    try:
+    with made_by(shown(call).then(*backward_lines(call))), after("out.backward(upstream)"):
         yield
-    except ConformanceFailure as failure:
-        failure.call = shown(call).then(*backward_lines(call))
-        failure.shown_by = f"out.backward(upstream)\n{failure.shown_by}"
-        raise
 
 
 def backward_lines(call: Call) -> tuple[str, ...]:

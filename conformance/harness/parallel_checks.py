@@ -28,17 +28,14 @@ from conformance.harness.parallel_shown import (
     called_twice,
     communication,
     compared_with,
-    differing,
-    made_by,
     run_shown,
-    shown_after,
     shown_by_layer,
     upstream_lines,
     weights_spoilt,
 )
 from conformance.harness.rank_pool import on_ranks
 from conformance.harness.requirement import current_tally
-from conformance.harness.shown import shown_on_rank
+from conformance.harness.shown import after, differing, made_by, shown_on_rank
 from conformance.harness.subject import Subject, changes_caught, errors_named
 
 # On the ranks
@@ -247,7 +244,7 @@ def assert_partial_results(parallel_linear: Subject, case: LayerCase) -> None:
         with shown_on_rank(rank, case.ranks):
             assert_tensor(each.outputs[0], *like, call=call, name=name, source="out")
         total += each.outputs[0].to(torch.float64)
-    with shown_after(*SUMMED), shown_on_rank(0, case.ranks):
+    with after(*SUMMED), shown_on_rank(0, case.ranks):
         assert_close_to(total, whole, call, name="sum over the ranks", source="total")
 
 
@@ -332,7 +329,7 @@ def assert_held(parallel_linear: Subject, case: LayerCase) -> None:
     for rank, each in enumerate(ran):
         for name, weight in full.items():
             with (
-                shown_after("shards = out.shards()"),
+                after("shards = out.shards()"),
                 shown_on_rank(rank, case.ranks),
                 shown_by_layer(call, "print(shards)"),
             ):

@@ -14,6 +14,7 @@ from conformance.harness.calls import Call, course
 from conformance.harness.failures import ConformanceFailure
 from conformance.harness.parallel_cases import LayerCall, LayerCase
 from conformance.harness.parallel_oracle import dense_of_group, heads_of
+from conformance.harness.shown import after, made_by
 
 DRAWN = """\
 _ = torch.manual_seed(7)
@@ -37,27 +38,6 @@ def layer_line(call: LayerCall) -> str:
     return f"layer = {replace(call, applied=False).source()}"
 
 
-@contextmanager
-def made_by(call: Call, *, then: str | None = None) -> Iterator[None]:
-    """A failure in here is shown by ``call``, and by ``then`` in place of what was to show it."""
-    try:
-        yield
-    except ConformanceFailure as failure:
-        failure.call = call
-        failure.shown_by = failure.shown_by if then is None else then
-        raise
-
-
-@contextmanager
-def shown_after(*lines: str) -> Iterator[None]:
-    """What shows a failure in here comes after these lines, which every rank runs."""
-    try:
-        yield
-    except ConformanceFailure as failure:
-        failure.shown_by = "\n".join((*lines, failure.shown_by))
-        raise
-
-
 def shown_by_layer(call: LayerCall, line: str) -> AbstractContextManager[None]:
     """A failure in here is of a layer, whatever it computes: ``line`` sees it in ``out``."""
     return made_by(replace(call, applied=False), then=line)
@@ -67,11 +47,6 @@ def called_twice(call: LayerCall) -> Call:
     """Leaves what a second call gives in ``out``, and what the first gave in ``first``."""
     again = f"layer(*inputs[{rank_of(call.case)}])"
     return course(call, layer_line(call), f"first = {again}", result=again)
-
-
-def differing(one: str, other: str) -> str:
-    """The line that prints where two tensors differ."""
-    return f"print('they differ at', ({one} != {other}).nonzero()[:4].tolist())"
 
 
 def weights_spoilt(call: LayerCall) -> Call:
@@ -141,7 +116,7 @@ def run_of(call: LayerCall, *before: str, backward: bool) -> Call:
 def backward_shown(call: LayerCall) -> Iterator[None]:
     """A failure in here is seen after a backward pass, in ``x``, ``layer`` and ``gradients``."""
     told = "gradients = layer.gradients()"
-    with made_by(run_of(call, backward=True)), shown_after(BACKWARD, told):
+    with made_by(run_of(call, backward=True)), after(BACKWARD, told):
         yield
 
 

@@ -146,7 +146,7 @@ def compare_calls(failure: ConformanceFailure, kept: Kept) -> None:
     if failure.kind == "no effect":
         failure.shown_by = f"print('equal:', torch.equal(out, {names[0]}), '- expected False')"
     else:
-        failure.shown_by = f"print('they differ at', (out != {names[0]}).nonzero()[:4].tolist())"
+        failure.shown_by = differing("out", names[0])
 
 
 # Parts
@@ -219,6 +219,30 @@ def no_gradient(name: str) -> str:
     )
 
 
+# What else is done
+
+
+@contextmanager
+def made_by(call: Call, *, then: str | None = None) -> Iterator[None]:
+    """A failure in here is shown by ``call``, and by ``then`` in place of what was to show it."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        failure.call = call
+        failure.shown_by = failure.shown_by if then is None else then
+        raise
+
+
+@contextmanager
+def after(*lines: str) -> Iterator[None]:
+    """A failure in here is shown after these lines of Python; of several ranks, every one runs them."""
+    try:
+        yield
+    except ConformanceFailure as failure:
+        failure.shown_by = "\n".join((*lines, failure.shown_by))
+        raise
+
+
 # Several ranks
 
 
@@ -234,6 +258,11 @@ def shown_on_rank(rank: int, ranks: int) -> Iterator[None]:
 
 
 # Printing
+
+
+def differing(one: str, other: str) -> str:
+    """The line that prints where two tensors differ."""
+    return f"print('they differ at', ({one} != {other}).nonzero()[:4].tolist())"
 
 
 def element(source: str, shown_by: str) -> str:
