@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
@@ -133,26 +133,51 @@ def answer(work: Callable[[], dict[str, Any]], pipe: int) -> NoReturn:
 
 
 def on_each_rank(lines: list[str], ranks: int) -> list[dict[str, Any]]:
-    """What lines do on each rank: processes with the environment that torchrun gives them.
-
-    As there, the store in which the ranks meet is this process's, on a port that is free.
-    """
+    """What lines do on each rank: processes with the environment that torchrun gives them."""
     if ranks == 1:
         return [in_child(lambda: ran(lines))]
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    group = {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port),
-        "WORLD_SIZE": str(ranks),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
+    with store_served() as port:
+        group = {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(ranks),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
 
-    def ran_on(rank: int) -> dict[str, Any]:
-        os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank))
-        return ran(lines)
+        def ran_on(rank: int) -> dict[str, Any]:
+            os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank))
+            return ran(lines)
 
-    return in_children([partial(ran_on, rank) for rank in range(ranks)])
+        return in_children([partial(ran_on, rank) for rank in range(ranks)])
+
+
+@contextlib.contextmanager
+def store_served() -> Iterator[int]:
+    """The port of a store in which ranks can meet, and which is there until all have ended.
+
+    A process serves it, as under torchrun. Not this one: the store has a thread, and a fork made while
+    the thread resolves a name leaves the lock of the resolver to a child in which nobody opens it.
+    """
+    told, tell = os.pipe()
+    wait, end = os.pipe()
+    server = os.fork()
+    if not server:
+        os.close(end)
+        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.write(tell, str(store.port).encode())
+        os.close(tell)
+        os.read(wait, 1)  # nothing comes: the other end is closed
+        os._exit(0)
+    os.close(tell)
+    os.close(wait)
+    try:
+        with open(told) as pipe:
+            port = int(pipe.read())
+        yield port
+    finally:
+        os.close(end)
+        os.waitpid(server, 0)
 
 
 def reproduced(id: str) -> dict[str, Any]:
