@@ -57,6 +57,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="time for one requirement, and for importing the adapter",
     )
     group.addoption(
+        "--conformance-diagnosis",
+        metavar="SECONDS",
+        type=_seconds_or_none,
+        help="time for comparing a contract's failures with documented bugs (default 10, 0: none)",
+    )
+    group.addoption(
         "--numerics-record",
         metavar="FILE",
         help="store how large the errors of every requirement that passes are",
@@ -76,15 +82,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _seconds(text: str) -> float:
     import argparse
+
+    seconds = _finite(text)
+    if seconds is None or seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _seconds_or_none(text: str) -> float:
+    import argparse
+
+    seconds = _finite(text)
+    if seconds is None or seconds < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    return seconds
+
+
+def _finite(text: str) -> float | None:
     import math
 
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = 0.0
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -98,13 +119,9 @@ def _part(text: str) -> tuple[int, int]:
 
 def _factor(text: str) -> float:
     import argparse
-    import math
 
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = 0.0
-    if not (factor >= 1 and math.isfinite(factor)):
+    factor = _finite(text)
+    if factor is None or factor < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a factor of 1 or more")
     return factor
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from command_line import ONE, ROOT, environment
+from command_line import ONE, ROOT, environment, pytest_run
 from diagnosing import LONG, failed
 from elsewhere import ELSEWHERE
 from mutants import MUTANTS
@@ -348,3 +348,37 @@ def test_a_passing_run_does_not_load_diagnosis():
         [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(("--conformance-diagnosis", "300"), True), (("--conformance-diagnosis", "0"), False)],
+)
+def test_a_failing_run_has_the_diagnosis_that_its_seconds_allow(tmp_path, arguments, named):
+    """In the terminal and in the report; none where they are 0."""
+    ended = run_of_a_bug(tmp_path, *arguments)
+    assert ended.status == 1, ended.text
+    [record] = ended.report().records
+    assert ("looks like  attn-causal-top-left-with-cache" in ended.out) == named, ended.text
+    assert (record["diagnosis"] is not None) == named
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "ten"])
+def test_seconds_that_are_none_are_refused_in_one_line(tmp_path, seconds):
+    ended = run_of_a_bug(tmp_path, f"--conformance-diagnosis={seconds}")
+    assert ended.status == 4, ended.text
+    assert f"'{seconds}' is not a number of seconds, 0 or more" in ended.err
+    assert "Traceback" not in ended.text
+
+
+def run_of_a_bug(folder, *arguments):
+    """A run of one requirement that a planted bug fails."""
+    bug = ("--impl", "known-bug:attn-causal-top-left-with-cache")
+    return pytest_run(
+        folder,
+        str(ROOT / "conformance" / "test_attention.py"),
+        f"--rootdir={folder}",
+        *("--conformance-report", str(folder / "out"), "-k", ONE),
+        *bug,
+        *arguments,
+    )

@@ -291,7 +291,8 @@ class Runner:
         """What the failure is, in the record's form; its message says it, too."""
         subject = item.funcargs.get(found.contract)
         failing = found.last_tally.failing
-        if subject is None or not failing or found.gpu or gpu_lane.why_lost(failure):
+        given = self.config.getoption("conformance_diagnosis")
+        if given == 0 or subject is None or not failing or found.gpu or gpu_lane.why_lost(failure):
             return None
         if torchrun.several_ranks():  # it ends by the clock, and each rank has its own
             return None
@@ -299,10 +300,11 @@ class Runner:
 
         if failure.kind in search.NOT_REPEATED:
             return None
+        seconds = search.SECONDS if given is None else given
         workers = getattr(self.config, "workerinput", {}).get("workercount", 1)
         with quiet():  # what the implementation prints is not captured any more
             failure.diagnosis = search.diagnose(
-                found, subject, failure, failing, seconds=search.SECONDS / workers
+                found, subject, failure, failing, seconds=seconds / workers
             )
         return wording.as_data(failure.diagnosis)
 
