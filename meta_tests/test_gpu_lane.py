@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from command_line import ROOT, Run, environment
+from command_line import ROOT, WITHOUT_DIAGNOSIS, Run, environment
 
 from conformance.contracts import CONTRACTS
 from conformance.harness import gpu_isolation
@@ -82,6 +82,7 @@ def on_gpu(folder, *arguments, breaks=None, only=None, simulated=True):
         *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", *files),
         *(f"--rootdir={ROOT}", "--impl", "adapter", "--conformance-report", str(folder / "out")),
         *("--hypothesis-profile", "smoke"),
+        *WITHOUT_DIAGNOSIS,
         *(("-p", "simulated_device") if simulated else ()),
         *(("-k", only) if only else ()),
         *arguments,
@@ -133,7 +134,7 @@ LOST = (
 def lost(tmp_path_factory):
     """A run in which several requirements lose the device, each in its way."""
     folder = tmp_path_factory.mktemp("lost")
-    return on_gpu(folder, "--conformance-timeout", "30", breaks=BREAKS, only=LOST)
+    return on_gpu(folder, "--conformance-timeout", "15", breaks=BREAKS, only=LOST)
 
 
 def test_what_loses_the_device_is_named_and_nothing_else(lost):

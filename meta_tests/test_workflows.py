@@ -148,7 +148,7 @@ def repository(tmp_path):
     return Repository(workspace, tmp_path / "beside")
 
 
-FEW = "arguments: --smoke"
+FEW = "arguments: --smoke --conformance-diagnosis 0"
 ONE_CONTRACT = "\n          tests: --pyargs conformance.test_attention"
 
 
