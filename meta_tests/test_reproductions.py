@@ -150,8 +150,10 @@ SAYS_BY_RAISING = ("unclear error", "accidental error")
 REFUSED = "accepted"
 """How kinds of failure begin where the reference raises an exception, and the bug none."""
 
-VALUE = re.compile(r"(\S+) expected .*: (\S+)")
-"""A line that prints an element beside what it must be."""
+NUMBER = r"(nan|-?inf|-?[\d.]+(?:e[-+]?\d+)?)"
+VALUE = re.compile(rf"{NUMBER} expected (?:.*: )?{NUMBER}")
+"""A printed number beside what it must be."""
+PRINTS_AN_ELEMENT = re.compile(r"\.item\(\), 'expected")
 
 MOST_LINES = {
     "attention": 20,
@@ -227,6 +229,7 @@ def test_the_lines_show_what_the_bug_does_and_the_reference_does_not(found):
 def test_what_is_printed_as_expected_is_what_the_reference_gives(found):
     """Of numbers that are printed beside the expected one the reference's is nearer than the bug's."""
     ended, right = (printed_values(found[of]) for of in ("bug", "reference"))
+    assert ended or not any(map(PRINTS_AN_ELEMENT.search, found["lines"]))
     for (wrong, expected), (value, same) in zip(ended, right, strict=True):
         assert expected == same
         assert math.isfinite(value)
