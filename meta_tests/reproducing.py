@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -190,10 +191,25 @@ def reproduced(id: str) -> dict[str, Any]:
     return {"id": id, **found}
 
 
+def import_what_lines_import() -> None:
+    """Once, and not in each of the forks: it takes seconds there, and their own work less than one."""
+    import torch._dynamo  # noqa: F401 (by optimizers)
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
+
+def refuse_threads() -> None:
+    """A fork has none of the other threads, and all the locks that they held."""
+    threads = Path("/proc/self/task")
+    if threads.is_dir() and len(list(threads.iterdir())) > 1:
+        raise SystemExit("reproducing: this process forks and has more than one thread")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     all_requirements()
+    import_what_lines_import()
     for line in sys.stdin:
+        refuse_threads()
         print(json.dumps(reproduced(line.strip())), flush=True)
 
 

@@ -104,7 +104,6 @@ RANDOM, FEWER_RANDOM = 30, 8
 TAKE_LONGEST = {
     "gpt_checkpoint",
     "parallel_linear",
-    "causal_lm",
     "flat_shards",
     "expert_parallel_block",
     "shared_core_fit",

@@ -187,7 +187,9 @@ write themselves, and some room."""
 def reproducer() -> Iterator[subprocess.Popen]:
     """A process that answers ids with what the lines of their failures do."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "meta_tests")])
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "meta_tests")]),
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
     }
     command = [sys.executable, str(ROOT / "meta_tests" / "reproducing.py")]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
