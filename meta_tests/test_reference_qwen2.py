@@ -364,6 +364,12 @@ def test_unshard_refuses_replicas_that_differ_and_gaps():
         sharding.unshard([torch.zeros(2), torch.zeros(2)], shards, 3)
 
 
+def test_replicas_that_diverged_alike_are_the_same():
+    shards = [sharding.Shard(0, (range(2),)), sharding.Shard(0, (range(2),))]
+    diverged = torch.tensor([torch.nan, torch.inf])
+    assert sharding.unshard([diverged, diverged], shards, 2).isnan().tolist() == [True, False]
+
+
 # Loading
 
 

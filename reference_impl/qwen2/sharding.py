@@ -180,13 +180,10 @@ def unshard(parts: Sequence[Tensor], shards: Sequence[Shard | None], size: int) 
     for rank, (part, shard) in enumerate(zip(parts, shards)):
         indices = torch.tensor([i for each in shard.ranges for i in each]).long()
         own = part.narrow(dim, 0, len(indices))
-        known = held[indices]
-        before = full.index_select(dim, indices)
-        repeated = torch.equal(
-            own.index_select(dim, known.nonzero()[:, 0]),
-            before.index_select(dim, known.nonzero()[:, 0]),
-        )
-        if not repeated:
+        known = held[indices].nonzero()[:, 0]
+        before = full.index_select(dim, indices).index_select(dim, known)
+        # NaN is the same as NaN: weights that diverged are replicas all the same.
+        if not torch.allclose(own.index_select(dim, known), before, 0, 0, equal_nan=True):
             raise ValueError(f"rank {rank} holds another copy of what an earlier rank holds")
         full.index_copy_(dim, indices, own)
         held[indices] = True
