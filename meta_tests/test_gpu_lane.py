@@ -134,7 +134,7 @@ LOST = (
 def lost(tmp_path_factory):
     """A run in which several requirements lose the device, each in its way."""
     folder = tmp_path_factory.mktemp("lost")
-    return on_gpu(folder, "--conformance-timeout", "15", breaks=BREAKS, only=LOST)
+    return on_gpu(folder, "--conformance-timeout", "30", breaks=BREAKS, only=LOST)
 
 
 def test_what_loses_the_device_is_named_and_nothing_else(lost):
