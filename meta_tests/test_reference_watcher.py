@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 import torch
@@ -232,33 +232,21 @@ print("after", flush=True)
 
 
 def test_watch_goes_on_until_interrupted(tmp_path):
+    """The signal follows the printed line: the file of results has its line a moment earlier."""
     run, results = tmp_path / "run", tmp_path / "results.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(run), str(results)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        checkpoint(run, 2, 1.0)
-        limit = time.monotonic() + 60
-        while not results.exists() or results.read_bytes().count(b"\n") < 1:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < limit
-            time.sleep(0.02)
-        checkpoint(run, 10, 1.0)
-        while results.read_bytes().count(b"\n") < 2:
-            assert time.monotonic() < limit
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, err) == (0, "")
-    assert out.splitlines() == [
-        "checkpoint-2  loss 0.5",
-        "checkpoint-10  loss 0.5",
-        "stopped",
-        "after",
-    ]
+    command = [sys.executable, "-c", PROGRAM, str(run), str(results)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **streams) as process:
+        killed_when_silent = threading.Timer(120, process.kill)
+        killed_when_silent.start()
+        try:
+            for step in (2, 10):
+                checkpoint(run, step, 1.0)
+                assert process.stdout.readline() == f"checkpoint-{step}  loss 0.5\n"
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate()
+        finally:
+            killed_when_silent.cancel()
+            process.kill()
+    assert (process.returncode, out, err) == (0, "stopped\nafter\n", "")
+    assert len(results.read_text().splitlines()) == 2
