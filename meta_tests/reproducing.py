@@ -103,23 +103,33 @@ def in_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def in_children(works: list[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What each of ``works`` gives, done in forked processes side by side."""
-    children = []
-    for work in works:
-        read, write = os.pipe()
-        child = os.fork()
-        if not child:
-            os.close(read)
-            answer(work, write)
-        os.close(write)
-        children.append((child, read))
-    found = []
-    for child, read in children:
-        with open(read) as pipe:
-            text = pipe.read()
-        os.waitpid(child, 0)
-        found.append(json.loads(text) if text else {"broken": f"not finished in {SECONDS} s"})
-    return found
+    """What each of ``works`` gives, done in forked processes side by side.
+
+    Their temporary files are deleted here: they do not end as Python does, which would delete them.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        children = [started(work, temporary) for work in works]
+        return [ended(*child) for child in children]
+
+
+def started(work: Callable[[], dict[str, Any]], temporary: str) -> tuple[int, int]:
+    """A forked process that works, and the end of a pipe from which to read what ``work`` gives."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(read)
+        os.environ["TMPDIR"] = tempfile.tempdir = temporary
+        answer(work, write)
+    os.close(write)
+    return child, read
+
+
+def ended(child: int, read: int) -> dict[str, Any]:
+    """What a process has answered, when it has ended."""
+    with open(read) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else {"broken": f"not finished in {SECONDS} s"}
 
 
 def answer(work: Callable[[], dict[str, Any]], pipe: int) -> NoReturn:
